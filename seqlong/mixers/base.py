@@ -1,0 +1,66 @@
+"""The one contract that every mixer keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from seqlong.layout import SequenceLayout
+
+
+class MixerState:
+    """What a mixer carries from one window to the next. A dataclass of tensors whose first dimension is the row."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> MixerState:
+        """Apply ``function`` to every tensor."""
+        return type(self)(**{name: function(value) for name, value in vars(self).items()})
+
+    def detach(self) -> MixerState:
+        """Cut the graph: truncated backpropagation through time."""
+        return self.map(Tensor.detach)
+
+    def keep(self, rows: Bool[Tensor, "b"]) -> MixerState:
+        """Keep the state of the rows that are True, and start the others afresh (zero)."""
+        return self.map(
+            lambda value: torch.where(rows.reshape(-1, *([1] * (value.dim() - 1))), value, torch.zeros_like(value))
+        )
+
+
+class Mixer(nn.Module):
+    """Moves information along the sequence.
+
+    ``forward(hidden, layout, state)`` is the same call in training (``state=None``), for a window that follows another
+    (``state`` of the window before), for prefilling (``initial_state``) and for one token (t = 1). Laws, tested for
+    every mixer in ``tests/test_mixers.py``:
+
+    - no position of a segment sees a later one (unless the mixer is declared not causal) or another segment;
+    - running a row whole, or split anywhere with the state carried, gives the same;
+    - padding (segment id 0) changes nothing;
+    - ``state=None`` in gives None out, so that training keeps nothing that it does not need.
+
+    Attributes:
+        causal: whether position t depends on positions up to t only.
+        residual_projections: names of the linear layers that write to the residual stream; the backbone scales their
+            initial weights with depth.
+    """
+
+    causal: bool = True
+    residual_projections: tuple[str, ...] = ()
+
+    def forward(
+        self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: Any = None
+    ) -> tuple[Float[Tensor, "b t d"], Any]:
+        """Mix ``hidden`` along t; return the result and, if a state was given, the state after the last token."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(hidden, layout, state)")
+
+    def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> Any:
+        """The state before the first token of ``rows`` rows."""
+        raise NotImplementedError(f"{type(self).__name__} must define initial_state(rows, device, dtype)")
+
+
+#: Builds a mixer for a width. In YAML: ``{class_path: seqlong.mixers.Mamba2, init_args: {...}}``.
+MixerFactory = Callable[[int], Mixer]
