@@ -18,13 +18,13 @@ class SequenceLayout:
         segment_ids: ``(b t)`` int32, 1, 2, ... along the row, 0 for padding (at the end of the row only); None when
             every row is one segment without padding.
         positions: ``(b t)`` int64, the position of each token in its segment, carried on from the window before.
-        continues: whether position 0 of each row goes on from carried state. The rows whose state was reset carry
-            zeros, so this is one flag for the batch: True means "do not start afresh at position 0".
+        previous: ``(b)`` the segment id just before position 0, for a slice of longer rows; None at a row's beginning.
+            Where it differs from the first id, a carried state is not for these tokens.
     """
 
     segment_ids: Int[Tensor, "b t"] | None
-    positions: Int[Tensor, "b t"]
-    continues: bool = False
+    positions: Int[Tensor, "b t"] | Int[Tensor, "b t 3"]
+    previous: Int[Tensor, "b"] | None = None
 
     @staticmethod
     def build(
@@ -64,7 +64,7 @@ class SequenceLayout:
             if offset is not None:
                 shift = offset[:, None].expand(rows, length)
                 positions = positions + (shift if first_segment is None else shift * first_segment)
-        return SequenceLayout(segment_ids, positions, continues=offset is not None)
+        return SequenceLayout(segment_ids, positions)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,14 +74,15 @@ class SequenceLayout:
 
     @cached_property
     def starts(self) -> Bool[Tensor, "b t"] | None:
-        """``(b t)`` True at the first token of every segment, where states start afresh; None when no row has an inner
-        start. Position 0 is never marked: a state that is not carried is zero there already."""
+        """``(b t)`` True where a state starts afresh: at the first token of every segment but the one at position 0,
+        which goes on from whatever state is carried (zero at first). None when every row is one segment."""
         if self.segment_ids is None:
             return None
         ids = self.segment_ids
-        starts = torch.zeros_like(ids, dtype=torch.bool)
-        starts[:, 1:] = (ids[:, 1:] != ids[:, :-1]) & (ids[:, 1:] != 0)
-        return starts
+        before = torch.empty_like(ids)
+        before[:, 1:] = ids[:, :-1]
+        before[:, :1] = (ids[:, 0] if self.previous is None else self.previous)[:, None]
+        return (ids != before) & (ids != 0)
 
     @cached_property
     def padding(self) -> Bool[Tensor, "b t"] | None:
@@ -98,14 +99,16 @@ class SequenceLayout:
 
     @cached_property
     def boundaries(self) -> list[list[tuple[int, int]]]:
-        """For every row its ``(start, stop)`` segments, as Python integers (one device synchronisation, once)."""
+        """For every row its ``(start, stop)`` segments, as Python integers (one device synchronisation, once). Whether
+        the first of them goes on from carried state is for ``starts[:, 0]`` to say."""
         rows, length = self.shape
         if self.segment_ids is None or self.starts is None:
             return [[(0, length)] for _ in range(rows)]
         ends = self.lengths.tolist()
         cuts: list[list[int]] = [[0] for _ in range(rows)]
         for row, step in self.starts.nonzero().tolist():
-            cuts[row].append(step)
+            if step > 0:
+                cuts[row].append(step)
         return [
             [(a, b) for a, b in zip(row_cuts, [*row_cuts[1:], end], strict=True) if b > a]
             for row_cuts, end in zip(cuts, ends, strict=True)
@@ -113,10 +116,11 @@ class SequenceLayout:
 
     def slice(self, start: int, stop: int) -> SequenceLayout:
         """The layout of positions ``start`` to ``stop``, to be run with the state that positions before them left."""
-        ids = self.segment_ids
+        ids, previous = self.segment_ids, self.previous
         if ids is not None:
+            previous = ids[:, start - 1] if start > 0 else previous
             ids = ids[:, start:stop]
-        return SequenceLayout(ids, self.positions[:, start:stop], continues=self.continues or start > 0)
+        return SequenceLayout(ids, self.positions[:, start:stop], previous)
 
     @cached_property
     def reversal(self) -> Int[Tensor, "b t"] | None:
