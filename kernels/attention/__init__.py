@@ -1,0 +1,3 @@
+from seqlong.kernels.attention.op import attention
+
+__all__ = ["attention"]

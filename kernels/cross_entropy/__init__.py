@@ -1,0 +1,3 @@
+from seqlong.kernels.cross_entropy.op import linear_cross_entropy
+
+__all__ = ["linear_cross_entropy"]

@@ -1,0 +1,222 @@
+"""attention: softmax attention over long rows without an O(t²) mask, on torch's fastest kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from seqlong.kernels.attention.reference import attention_reference
+from seqlong.kernels.dispatch import choose
+
+OFFERED = {
+    "sdpa": "one segment a row: torch's fused attention (cuDNN, then flash, then memory-efficient)",
+    "varlen": "packed rows on a GPU: torch's variable-length flash attention",
+    "segments": "packed rows: torch's fused attention, one call a segment",
+    "blocks": "window, bias or cache: torch's fused attention over blocks of queries, masks built per block",
+    "reference": "float64 loop over queries",
+}
+
+#: cuDNN's kernel is the faster one on Hopper: 285 ms against 416 for a row of 131,072, forward and backward.
+_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+#: Queries handled at a time by ``blocks``.
+BLOCK = 512
+
+Boundaries = list[list[tuple[int, int]]]
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
+    """(b t h k) in, (b t h v) out."""
+    grouped = k.shape[2] != q.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if not q.is_cuda:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    else:
+        with sdpa_kernel(_BACKENDS, set_priority=True):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def _block_mask(
+    rows: slice,
+    columns: slice,
+    offset: int,
+    causal: bool,
+    window: int | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    slopes: Tensor | None,
+    like: Tensor,
+) -> Tensor:
+    """What the queries ``rows`` see of the keys ``columns``: bool, or a float bias with slopes; broadcasts to (b h i j)."""
+    i = torch.arange(rows.start, rows.stop, device=like.device)[:, None] + offset
+    j = torch.arange(columns.start, columns.stop, device=like.device)
+    distance = i - j
+    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if window is not None:
+        seen = seen & (distance.abs() < window)
+    seen = seen[None, None]
+    if query_ids is not None and key_ids is not None:
+        same = query_ids[:, rows, None] == key_ids[:, None, columns]
+        # A padded query would see nothing, whose softmax is NaN: let it see itself. Nobody reads it.
+        lost = (query_ids[:, rows, None] == 0) & (distance == 0)
+        seen = (seen & same[:, None]) | lost[:, None]
+    if slopes is None:
+        return seen
+    bias = -slopes.to(torch.float32)[:, None, None] * distance.abs()
+    return bias.masked_fill(~seen, -torch.inf).to(like.dtype)
+
+
+def _by_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: int | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    slopes: Tensor | None,
+) -> Tensor:
+    length, keys = q.shape[1], k.shape[1]
+    offset = keys - length
+    plain = query_ids is None and slopes is None
+    masks: dict[tuple[int, int, int], Tensor] = {}
+    outputs = []
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        left = 0 if window is None else max(0, offset + start - window + 1)
+        right = offset + stop if causal else keys if window is None else min(keys, offset + stop + window - 1)
+        here, there = slice(start, stop), slice(left, right)
+
+        def masked(qb: Tensor, kb: Tensor, vb: Tensor, here: slice = here, there: slice = there) -> Tensor:
+            mask = _block_mask(here, there, offset, causal, window, query_ids, key_ids, slopes, qb)
+            return _fused(qb, kb, vb, causal=False, mask=mask)
+
+        qb, kb, vb = q[:, here], k[:, there], v[:, there]
+        if plain:  # the same few masks serve every block, so they may be kept
+            key = (stop - start, right - left, offset + start - left)
+            if key not in masks:
+                masks[key] = _block_mask(here, there, offset, causal, window, None, None, None, q)
+            outputs.append(_fused(qb, kb, vb, causal=False, mask=masks[key]))
+        elif torch.is_grad_enabled():
+            outputs.append(checkpoint(masked, qb, kb, vb, use_reentrant=False, preserve_rng_state=False))
+        else:
+            outputs.append(masked(qb, kb, vb))
+    return torch.cat(outputs, dim=1)
+
+
+def _by_segments(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, slopes: Tensor | None, boundaries: Boundaries
+) -> Tensor:
+    outputs = []
+    for row, segments in enumerate(boundaries):
+        one = slice(row, row + 1)
+        parts = []
+        for a, z in segments:
+            here = (q[one, a:z], k[one, a:z], v[one, a:z])
+            if slopes is None and (window is None or window >= z - a):
+                parts.append(_fused(*here, causal=causal))
+            else:
+                parts.append(_by_blocks(*here, causal, window, None, None, slopes))
+        done = segments[-1][1] if segments else 0
+        if done < q.shape[1]:
+            parts.append(v.new_zeros(1, q.shape[1] - done, q.shape[2], v.shape[3]))
+        outputs.append(torch.cat(parts, dim=1))
+    return torch.cat(outputs)
+
+
+def _can_varlen(q: Tensor) -> bool:
+    return (
+        q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    )
+
+
+def _by_varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, boundaries: Boundaries) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows, length = q.shape[:2]
+    spans = [(row * length + a, row * length + z) for row, parts in enumerate(boundaries) for a, z in parts]
+    keep = torch.cat([torch.arange(a, z, device=q.device) for a, z in spans])
+    cuts = torch.tensor([0, *_running(z - a for a, z in spans)], dtype=torch.int32, device=q.device)
+    longest = max(z - a for a, z in spans)
+    whole = keep.numel() == rows * length
+    repeat = q.shape[2] // k.shape[2]
+    q, k, v = (x.flatten(0, 1) if whole else x.flatten(0, 1)[keep] for x in (q, k, v))
+    if repeat > 1:  # not every torch release takes fewer key heads here
+        k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
+    out = varlen_attn(q, k, v, cuts, cuts, longest, longest, is_causal=causal)
+    if not whole:
+        out = out.new_zeros(rows * length, *out.shape[1:]).index_copy(0, keep, out)
+    return out.view(rows, length, *out.shape[1:])
+
+
+def _running(sizes: Iterable[int]) -> list[int]:
+    total, sums = 0, []
+    for size in sizes:
+        total += size
+        sums.append(total)
+    return sums
+
+
+def attention(
+    q: Float[Tensor, "b t h k"],
+    k: Float[Tensor, "b s g k"],
+    v: Float[Tensor, "b s g v"],
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    query_ids: Int[Tensor, "b t"] | None = None,
+    key_ids: Int[Tensor, "b s"] | None = None,
+    slopes: Float[Tensor, "h"] | None = None,
+    boundaries: Boundaries | None = None,
+    implementation: str | None = None,
+) -> Float[Tensor, "b t h v"]:
+    """``o_i = Σ_j softmax_j(q_i·k_j / √k - slope |i - j|) v_j`` over the keys that query i may see.
+
+    Queries are the last t of the s positions that keys stand at: ``s - t`` keys come from a cache, in order.
+
+    Args:
+        q, k, v: h query heads share g key and value heads (g divides h).
+        causal: query i sees keys up to its own position.
+        window: sees only keys at a distance below this, its own included.
+        query_ids, key_ids: a query sees keys with its own id only; queries with id 0 are padding and their output is
+            unspecified (finite). Give both or neither.
+        slopes: ALiBi's, one a head (arXiv 2108.12409).
+        boundaries: the ``(start, stop)`` of each row's segments, for ids without a cache: rows are then run segment
+            by segment.
+        implementation: one of the names in ``OFFERED``; None lets dispatch choose.
+
+    Returns:
+        The mixed values, in v's type. Time O(t s), or O(t window); memory O(t).
+    """
+    plain = window is None and slopes is None
+    cached = k.shape[1] != q.shape[1]
+    if query_ids is None and plain and (not cached or not causal or q.shape[1] == 1):
+        preferred = "sdpa"
+    elif boundaries is not None and not cached:
+        preferred = "varlen" if plain and _can_varlen(q) else "segments"
+    else:
+        preferred = "blocks"
+    choice = choose("attention", OFFERED, preferred, implementation).implementation
+    if choice == "reference":
+        return attention_reference(q, k, v, causal, window, query_ids, key_ids, slopes)
+    if choice == "sdpa":
+        return _fused(q, k, v, causal=causal and not cached)
+    if choice == "varlen" and boundaries is not None:
+        return _by_varlen(q, k, v, causal, boundaries)
+    if choice == "segments" and boundaries is not None:
+        return _by_segments(q, k, v, causal, window, slopes, boundaries)
+    return _by_blocks(q, k, v, causal, window, query_ids, key_ids, slopes)

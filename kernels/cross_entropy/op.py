@@ -1,0 +1,126 @@
+"""linear_cross_entropy: the last projection and the loss in one, so that logits of all positions never exist at once."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+#: Logits held at a time, in elements.
+BUDGET = 1 << 24
+
+
+def _rows(vocabulary: int, chunk: int) -> int:
+    return chunk or max(1, BUDGET // vocabulary)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Products in the input type, logits at least in float32."""
+    kept = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = (hidden @ weight.to(hidden.dtype).T).to(kept)
+    return logits if bias is None else logits + bias.to(kept)
+
+
+@torch.library.custom_op("seqlong::linear_cross_entropy", mutates_args=())
+def _forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, z_loss: float, chunk: int
+) -> tuple[Tensor, Tensor]:
+    kept = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    loss = torch.empty(hidden.shape[0], dtype=kept, device=hidden.device)
+    normalizer = torch.empty_like(loss)
+    step = _rows(weight.shape[0], chunk)
+    for a in range(0, hidden.shape[0], step):
+        logits = _logits(hidden[a : a + step], weight, bias)
+        labels = targets[a : a + step]
+        total = logits.logsumexp(dim=-1)
+        picked = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        value = total - picked + z_loss * total.square() if z_loss else total - picked
+        loss[a : a + step] = torch.where(labels >= 0, value, 0)
+        normalizer[a : a + step] = total
+    return loss, normalizer
+
+
+@_forward.register_fake
+def _(hidden, weight, targets, bias, z_loss, chunk):  # type: ignore[no-untyped-def]
+    kept = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return tuple(torch.empty(hidden.shape[0], dtype=kept, device=hidden.device) for _ in range(2))
+
+
+@torch.library.custom_op("seqlong::linear_cross_entropy_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    normalizer: Tensor,
+    z_loss: float,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = normalizer.dtype
+    grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    grad_weight = torch.zeros(weight.shape, dtype=kept, device=weight.device)
+    grad_bias = torch.zeros(weight.shape[0], dtype=kept, device=weight.device)
+    step = _rows(weight.shape[0], chunk)
+    for a in range(0, hidden.shape[0], step):
+        part, labels, total = hidden[a : a + step], targets[a : a + step], normalizer[a : a + step]
+        chances = (_logits(part, weight, bias) - total[:, None]).exp_()
+        if z_loss:
+            chances *= (1 + 2 * z_loss * total)[:, None]
+        chances.scatter_add_(1, labels.clamp(min=0)[:, None], -torch.ones_like(total)[:, None])
+        chances *= torch.where(labels >= 0, grad[a : a + step], 0)[:, None]
+        work = chances.to(hidden.dtype)
+        grad_hidden[a : a + step] = work @ weight.to(hidden.dtype)
+        grad_weight += (work.T @ part).to(kept)
+        grad_bias += chances.sum(dim=0)
+    return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+@_backward.register_fake
+def _(grad, hidden, weight, targets, bias, normalizer, z_loss, chunk):  # type: ignore[no-untyped-def]
+    return (
+        torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device),
+        torch.empty(weight.shape, dtype=weight.dtype, device=weight.device),
+        weight.new_empty(weight.shape[0]),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    hidden, weight, targets, bias, ctx.z_loss, ctx.chunk = inputs
+    ctx.save_for_backward(hidden, weight, targets, bias, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx, grad, _grad_normalizer):  # type: ignore[no-untyped-def]
+    hidden, weight, targets, bias, normalizer = ctx.saved_tensors
+    dh, dw, db = _backward(grad.contiguous(), hidden, weight, targets, bias, normalizer, ctx.z_loss, ctx.chunk)
+    return dh, dw, None, None if bias is None else db, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "b t d"],
+    weight: Float[Tensor, "y d"],
+    targets: Int[Tensor, "b t"],
+    *,
+    bias: Float[Tensor, "y"] | None = None,
+    z_loss: float = 0.0,
+    chunk: int = 0,
+) -> Float[Tensor, "b t"]:
+    """Negative log-likelihood, in nats, of each target under ``softmax(hidden weightᵀ + bias)``.
+
+    Args:
+        hidden: last hidden states.
+        weight: one row a class.
+        targets: class of each position; -1 gives a loss of 0 and no gradient.
+        bias: per class.
+        z_loss: adds ``z_loss · logsumexp²``, which keeps logits near zero (arXiv 2202.08906; 1e-4 is usual).
+        chunk: positions at a time; 0 chooses so that the logits held are at most 16 M elements.
+
+    Returns:
+        ``(b t)`` in float32 (float64 if hidden is). Logits are computed again in the backward pass.
+    """
+    loss, _ = _forward(hidden.flatten(0, 1), weight, targets.flatten(), bias, z_loss, chunk)
+    return loss.view(targets.shape)

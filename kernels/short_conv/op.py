@@ -1,0 +1,176 @@
+"""short_conv: a depthwise causal convolution over a few tokens, with SiLU, packed segments and carried state."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+#: Tokens handled at a time on a CPU, so that the taps of one slice stay in cache.
+TILE = 4096
+
+
+def _clear(starts: Tensor | None, taps: int) -> list[Tensor | None]:
+    """For each distance j < taps, (b t 1) whether the token j before t belongs to the same segment."""
+    if starts is None:
+        return [None] * taps
+    same = torch.ones_like(starts)
+    masks: list[Tensor | None] = [None]
+    for j in range(1, taps):
+        shifted = starts if j == 1 else F.pad(starts, (j - 1, 0))[:, : starts.shape[1]]
+        same = same & ~shifted
+        masks.append(same[..., None])
+    return masks
+
+
+def _preactivation(padded: Tensor, weight: Tensor, bias: Tensor | None, masks: list[Tensor | None]) -> Tensor:
+    """(b t d) from inputs with the state in front, (b taps-1+t d)."""
+    taps = weight.shape[1]
+    length = padded.shape[1] - (taps - 1)
+    result = padded[:, taps - 1 :] * weight[:, -1]
+    for j in range(1, taps):
+        source = padded[:, taps - 1 - j : taps - 1 - j + length]
+        mask = masks[j]
+        result.addcmul_(source if mask is None else source * mask, weight[:, taps - 1 - j])
+    return result if bias is None else result.add_(bias)
+
+
+def _working(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _windows(x: Tensor, state: Tensor, a: int, z: int) -> Tensor:
+    """Inputs a to z with the taps - 1 inputs before them, (b z-a+taps-1 d)."""
+    reach = state.shape[1]
+    before = state[:, a:] if a < reach else state[:, :0]
+    return torch.cat([before, x[:, max(0, a - reach) : z]], dim=1)
+
+
+@torch.library.custom_op("seqlong::short_conv", mutates_args=())
+def _short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, state: Tensor) -> Tensor:
+    kept = _working(x)
+    masks = _clear(starts, weight.shape[1])
+    w, b = weight.to(kept), None if bias is None else bias.to(kept)
+    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for a, z in _tiles(x):
+        part = _windows(x, state, a, z).to(kept)
+        output[:, a:z] = F.silu(_preactivation(part, w, b, [m if m is None else m[:, a:z] for m in masks]))
+    return output
+
+
+@_short_conv.register_fake
+def _(x, weight, bias, starts, state):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _tiles(x: Tensor) -> list[tuple[int, int]]:
+    length = x.shape[1]
+    tile = TILE if x.device.type == "cpu" else 65536
+    return [(a, min(a + tile, length)) for a in range(0, length, tile)]
+
+
+@torch.library.custom_op("seqlong::short_conv_backward", mutates_args=())
+def _short_conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias (zeros without one) and state; the pre-activation is recomputed."""
+    kept, (length, width), taps = _working(x), x.shape[1:], weight.shape[1]
+    masks = _clear(starts, taps)
+    w, b = weight.to(kept), None if bias is None else bias.to(kept)
+    grad_padded = torch.zeros(x.shape[0], taps - 1 + length, width, dtype=kept, device=x.device)
+    grad_weight, grad_bias = torch.zeros_like(w), torch.zeros(width, dtype=kept, device=x.device)
+    for a, z in _tiles(x):
+        part = _windows(x, state, a, z).to(kept)
+        local = [m if m is None else m[:, a:z] for m in masks]
+        pre = _preactivation(part, w, b, local)
+        gate = pre.sigmoid()
+        inner = grad[:, a:z].to(kept) * (gate * (1 + pre * (1 - gate)))
+        grad_bias += inner.sum(dim=(0, 1))
+        for j in range(taps):
+            mask, column = local[j], taps - 1 - j
+            masked = inner if mask is None else inner * mask
+            grad_weight[:, column] += (masked * part[:, column : column + z - a]).sum(dim=(0, 1))
+            grad_padded[:, a + column : z + column].addcmul_(masked, w[:, column])
+    return (
+        grad_padded[:, taps - 1 :].to(x.dtype, copy=True),
+        grad_weight.to(weight.dtype),
+        grad_bias.to(weight.dtype),
+        grad_padded[:, : taps - 1].to(state.dtype, copy=True),
+    )
+
+
+@_short_conv_backward.register_fake
+def _(grad, x, weight, bias, starts, state):  # type: ignore[no-untyped-def]
+    plain = torch.contiguous_format
+    return (
+        torch.empty_like(x, memory_format=plain),
+        torch.empty_like(weight, memory_format=plain),
+        weight.new_empty(weight.shape[0]),
+        torch.empty_like(state, memory_format=plain),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, bias, starts, state = inputs
+    ctx.save_for_backward(x, weight, bias, starts, state)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    x, weight, bias, starts, state = ctx.saved_tensors
+    dx, dw, db, ds = _short_conv_backward(grad, x, weight, bias, starts, state)
+    return dx, dw, None if bias is None else db, None, ds
+
+
+_short_conv.register_autograd(_backward, setup_context=_setup_context)
+
+
+def short_conv(
+    x: Float[Tensor, "b t d"],
+    weight: Float[Tensor, "d w"],
+    bias: Float[Tensor, "d"] | None = None,
+    *,
+    starts: Bool[Tensor, "b t"] | None = None,
+    state: Float[Tensor, "b w-1 d"] | None = None,
+    lengths: Int[Tensor, "b"] | None = None,
+    output_state: bool = False,
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"] | None]:
+    """``y_t = silu(Σ_j weight[:, w-1-j] x_{t-j} + bias)`` over the w tokens up to t of the same segment.
+
+    Args:
+        x: inputs.
+        weight: one filter a channel, the last column for the token itself (the layout of ``nn.Conv1d``).
+        bias: per channel.
+        starts: True at tokens where a segment starts; earlier tokens are not seen from there on.
+        state: the w-1 inputs before the first; zero if None.
+        lengths: tokens of each row before its padding; all if None. Only the state after the row depends on it.
+        output_state: also return the state after the row.
+
+    Only x is kept for the backward pass; the pre-activation is computed again.
+    """
+    reach = weight.shape[1] - 1
+    before = x.new_zeros(x.shape[0], reach, x.shape[2]) if state is None else state
+    output = _short_conv(x, weight, bias, starts, before)
+    if not output_state:
+        return output, None
+    return output, _final_state(x, before, starts, lengths)
+
+
+def _final_state(x: Tensor, before: Tensor, starts: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """The last inputs of each row's last segment, zero where that segment is shorter than the filter."""
+    reach, length = before.shape[1], x.shape[1]
+    if lengths is None:
+        end = torch.full((x.shape[0],), length, device=x.device)
+    else:
+        end = lengths
+    where = end[:, None] - reach + torch.arange(reach, device=x.device)  # input index, negative for the state
+    width = (-1, -1, x.shape[2])
+    result = before.to(x.dtype).gather(1, (where + reach).clamp(0, max(reach - 1, 0))[..., None].expand(width))
+    if length:
+        recent = x.gather(1, where.clamp(min=0)[..., None].expand(width))
+        result = torch.where(where[..., None] >= 0, recent, result)
+    if starts is not None:
+        steps = torch.arange(length, device=x.device)
+        last_start = torch.where(starts, steps, -reach - 1).amax(dim=1) if length else end * 0 - reach - 1
+        result = result * (where >= last_start[:, None])[..., None]
+    return result
