@@ -74,7 +74,8 @@ def _block_mask(
         seen = (seen & same[:, None]) | lost[:, None]
     if slopes is None:
         return seen
-    bias = -slopes.to(torch.float32)[:, None, None] * distance.abs()
+    kept = torch.float64 if like.dtype == torch.float64 else torch.float32
+    bias = -slopes.to(kept)[:, None, None] * distance.abs()
     return bias.masked_fill(~seen, -torch.inf).to(like.dtype)
 
 

@@ -1,0 +1,12 @@
+"""Feed-forward layers: what moves information along the width."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from seqlong.ffn.mlp import GELU, SwiGLU
+
+#: Builds a feed-forward layer for a width. In YAML: ``{class_path: seqlong.ffn.SwiGLU, init_args: {...}}``.
+FeedForwardFactory = Callable[[int], nn.Module]
+
+__all__ = ["GELU", "FeedForwardFactory", "SwiGLU"]

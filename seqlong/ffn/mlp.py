@@ -1,0 +1,55 @@
+"""Dense feed-forward layers."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def _rounded(width: float, multiple: int) -> int:
+    return multiple * max(1, round(width / multiple))
+
+
+class SwiGLU(nn.Module):
+    """``W_down (silu(W_gate x) ⊙ W_up x)``. Source: arXiv 2002.05202.
+
+    Args:
+        d_model: width of the residual stream.
+        d_hidden: inner width; ``expand · d_model`` rounded to a multiple of 64 if not given.
+        expand: inner width over d_model. The default, 8/3, has as many parameters as a plain MLP of four times d_model.
+    """
+
+    residual_projections = ("down_proj",)
+
+    def __init__(self, d_model: int, d_hidden: int | None = None, expand: float = 8 / 3) -> None:
+        super().__init__()
+        d_hidden = _rounded(expand * d_model, 64) if d_hidden is None else d_hidden
+        self.gate_up_proj = nn.Linear(d_model, 2 * d_hidden, bias=False)
+        self.down_proj = nn.Linear(d_hidden, d_model, bias=False)
+
+    def forward(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class GELU(nn.Module):
+    """``W_down gelu(W_up x)``. Source: arXiv 1606.08415.
+
+    Args:
+        d_model: width of the residual stream.
+        d_hidden: inner width; ``expand · d_model`` rounded to a multiple of 64 if not given.
+        expand: inner width over d_model.
+        bias: whether both projections have biases.
+    """
+
+    residual_projections = ("down_proj",)
+
+    def __init__(self, d_model: int, d_hidden: int | None = None, expand: float = 4.0, bias: bool = False) -> None:
+        super().__init__()
+        d_hidden = _rounded(expand * d_model, 64) if d_hidden is None else d_hidden
+        self.up_proj = nn.Linear(d_model, d_hidden, bias=bias)
+        self.down_proj = nn.Linear(d_hidden, d_model, bias=bias)
+
+    def forward(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        return self.down_proj(F.gelu(self.up_proj(hidden)))

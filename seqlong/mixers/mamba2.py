@@ -1,0 +1,133 @@
+"""Mamba2: a selective state space with one decay a head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from seqlong.kernels.norm import gated_rms_norm
+from seqlong.kernels.scalar_decay import scalar_decay
+from seqlong.kernels.short_conv import short_conv
+from seqlong.layout import SequenceLayout
+from seqlong.mixers.base import Mixer, MixerState
+
+
+@dataclass
+class Mamba2State(MixerState):
+    """Shapes: ssm ``(b h k v)`` float32 (k = d_state, v = head_dim), conv ``(b w-1 c)`` the last inputs."""
+
+    ssm: Float[Tensor, "b h k v"]
+    conv: Float[Tensor, "b w-1 c"]
+
+
+class Mamba2(Mixer):
+    """``S_t = exp(-A dt_t) S_{t-1} + B_tᵀ (dt_t x_t)``, ``y_t = C_t S_t + D x_t``, then a gated norm.
+
+    x, B and C pass a short causal convolution with SiLU; ``dt = softplus(W u + dt_bias)``. Weights have the names and
+    the layout of the published code, so its checkpoints load. Source: arXiv 2405.21060.
+
+    Args:
+        d_model: width of the residual stream.
+        d_state: width of the state per head dimension (N).
+        head_dim: width of a head (P).
+        expand: inner width over d_model.
+        groups: groups of heads that share B and C (G).
+        conv_width: taps of the short convolution.
+        conv_bias: whether the convolution has a bias.
+        norm_eps: added to the mean square in the gated norm.
+        a_min: decay rates A start uniform in [a_min, a_max].
+        a_max: see ``a_min``.
+        dt_min: steps dt start log-uniform in [dt_min, dt_max].
+        dt_max: see ``dt_min``.
+        dt_floor: no step starts below this.
+    """
+
+    residual_projections = ("out_proj",)
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        head_dim: int = 64,
+        expand: int = 2,
+        groups: int = 1,
+        conv_width: int = 4,
+        conv_bias: bool = True,
+        norm_eps: float = 1e-5,
+        a_min: float = 1.0,
+        a_max: float = 16.0,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_floor: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        self.d_inner = expand * d_model
+        if self.d_inner % head_dim:
+            raise ValueError(
+                f"Mamba2 needs expand * d_model divisible by head_dim, found {expand} * {d_model} and {head_dim}"
+            )
+        self.heads = self.d_inner // head_dim
+        if self.heads % groups:
+            raise ValueError(f"Mamba2 needs heads divisible by groups, found {self.heads} heads and {groups} groups")
+        self.d_state, self.head_dim, self.groups = d_state, head_dim, groups
+        self.conv_width, self.norm_eps = conv_width, norm_eps
+        self.d_conv = self.d_inner + 2 * groups * d_state
+        self.in_proj = nn.Linear(d_model, self.d_inner + self.d_conv + self.heads, bias=False)
+        self.conv1d = nn.Conv1d(self.d_conv, self.d_conv, conv_width, groups=self.d_conv, bias=conv_bias)
+        steps = torch.exp(
+            torch.rand(self.heads) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
+        ).clamp(min=dt_floor)
+        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(a_min, a_max).log())
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = nn.RMSNorm(self.d_inner, eps=norm_eps)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+    def forward(
+        self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: Mamba2State | None = None
+    ) -> tuple[Float[Tensor, "b t d"], Mamba2State | None]:
+        padding = layout.padding
+        if padding is not None:
+            hidden = hidden.masked_fill(padding[..., None], 0)
+        z, xbc, dt = self.in_proj(hidden).split([self.d_inner, self.d_conv, self.heads], dim=-1)
+        xbc, conv = short_conv(
+            xbc,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            starts=layout.starts,
+            state=None if state is None else state.conv,
+            lengths=None if padding is None else layout.lengths,
+            output_state=state is not None,
+        )
+        x, b, c = xbc.split([self.d_inner, *[self.groups * self.d_state] * 2], dim=-1)
+        x = x.unflatten(2, (self.heads, self.head_dim))
+        b, c = (y.unflatten(2, (self.groups, self.d_state)) for y in (b, c))
+
+        # Steps and decays stay in float32 whatever the activations are.
+        kept = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        steps = F.softplus(dt.to(kept) + self.dt_bias.to(kept))
+        if padding is not None:  # a step of zero neither decays nor writes
+            steps = steps.masked_fill(padding[..., None], 0)
+        y, ssm = scalar_decay(
+            c,
+            b,
+            (x * steps[..., None]).to(x.dtype),
+            -self.A_log.to(kept).exp() * steps,
+            starts=layout.starts,
+            initial_state=None if state is None else state.ssm,
+        )
+        y = (y + self.D.to(y.dtype)[:, None] * x).flatten(2)
+        y = gated_rms_norm(y, z, self.norm.weight, self.groups, self.norm_eps)
+        return self.out_proj(y), None if state is None or conv is None else Mamba2State(ssm, conv)
+
+    def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> Mamba2State:
+        kept = torch.float64 if dtype == torch.float64 else torch.float32
+        return Mamba2State(
+            torch.zeros(rows, self.heads, self.d_state, self.head_dim, device=device, dtype=kept),
+            torch.zeros(rows, self.conv_width - 1, self.d_conv, device=device, dtype=dtype),
+        )
