@@ -27,7 +27,8 @@ class SequenceBatch:
             without padding, which is the fast case.
         positions: ``(b t)`` int64, or ``(b t 3)`` for video; None counts 0, 1, ... from the start of each segment.
         continues: ``(b)`` bool, True where the row follows on from the same row of the batch before, so that carried
-            state stays valid; None means False everywhere.
+            state stays valid; where it is False a carried state is dropped. None: every row goes on from whatever state
+            is carried.
         index: ``(b)`` int64, the number of each sample in the endless training order; seeds everything random about
             it, so that a resumed run draws the same.
         source: where each row came from, such as ``"chr1:1000-2000:+"``.

@@ -20,12 +20,16 @@ class AttentionState(MixerState):
     """The keys and values that later tokens may still see, the most recent last.
 
     Shapes: keys ``(b s g k)`` (already rotated), values ``(b s g v)``, valid ``(b s)``: whether the entry belongs to
-    the segment that goes on.
+    the segment that goes on; None if all do.
     """
 
     keys: Float[Tensor, "b s g k"]
     values: Float[Tensor, "b s g v"]
-    valid: Bool[Tensor, "b s"]
+    valid: Bool[Tensor, "b s"] | None = None
+
+    def keep(self, rows: Bool[Tensor, "b"]) -> AttentionState:
+        kept = rows[:, None].expand(self.keys.shape[:2])
+        return AttentionState(self.keys, self.values, kept if self.valid is None else self.valid & kept)
 
 
 class Attention(Mixer):
@@ -74,6 +78,7 @@ class Attention(Mixer):
         if window is not None and window < 1:
             raise ValueError(f"Attention needs a window of at least 1 token, found {window}")
         self.window = window
+        self.bounded_state = window is not None
         self.positions = positions
         self.rope_base = rope_base
         self.causal = causal
@@ -116,31 +121,37 @@ class Attention(Mixer):
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> AttentionState:
         empty = torch.zeros(rows, 0, self.kv_heads, self.head_dim, device=device, dtype=dtype)
-        return AttentionState(empty, empty, torch.zeros(rows, 0, dtype=torch.bool, device=device))
+        return AttentionState(empty, empty)
 
-    def _identify(self, layout: SequenceLayout, state: AttentionState) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids of queries and of all keys, and which keys belong to the segment that goes on after this window."""
+    def _identify(
+        self, layout: SequenceLayout, state: AttentionState
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Ids of queries and of all keys, and which keys belong to the segment that goes on after this window; None
+        where all do."""
         rows, length = layout.shape
         ids = layout.segment_ids
         if ids is None or layout.starts is None:
-            query_ids = torch.ones(rows, length, dtype=torch.int32, device=state.valid.device)
-            cached = torch.where(state.valid, 1, -1)
-            key_ids = torch.cat([cached.to(torch.int32), query_ids], dim=1)
+            if state.valid is None:
+                return None, None, None
+            query_ids = torch.ones(rows, length, dtype=torch.int32, device=state.keys.device)
+            key_ids = torch.cat([torch.where(state.valid, 1, -1).to(torch.int32), query_ids], dim=1)
             return query_ids, key_ids, key_ids == 1
         # A row that is all padding leaves its cache as it is; id 1 stands for the segment it would go on with.
         occupied = layout.lengths > 0
         first = torch.where(occupied & ~layout.starts[:, 0], ids[:, 0], torch.where(occupied, -1, 1))
         last = torch.where(occupied, ids.gather(1, (layout.lengths - 1).clamp(min=0)[:, None])[:, 0], 1)
-        cached = torch.where(state.valid, first[:, None], -1)
+        cached = first[:, None].expand(state.keys.shape[:2])
+        if state.valid is not None:
+            cached = torch.where(state.valid, cached, -1)
         key_ids = torch.cat([cached.to(ids.dtype), ids.masked_fill(ids == 0, -1)], dim=1)
         return ids, key_ids, key_ids == last[:, None]
 
-    def _carry(self, k: Tensor, v: Tensor, carried: Tensor, layout: SequenceLayout) -> AttentionState:
+    def _carry(self, k: Tensor, v: Tensor, carried: Tensor | None, layout: SequenceLayout) -> AttentionState:
         """Keep what the tokens after this window may see, moved so that each row's last token stands last."""
         keep = k.shape[1] if self.window is None else min(k.shape[1], self.window - 1)
-        if layout.segment_ids is None:
+        if layout.segment_ids is None or carried is None:
             first = k.shape[1] - keep
-            return AttentionState(k[:, first:], v[:, first:], carried[:, first:])
+            return AttentionState(k[:, first:], v[:, first:], None if carried is None else carried[:, first:])
         padding = layout.shape[1] - layout.lengths
         index = torch.arange(k.shape[1] - keep, k.shape[1], device=k.device) - padding[:, None]
         valid = carried.gather(1, index.clamp(min=0)) & (index >= 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,15 +15,15 @@ from seqlong.layout import SequenceLayout
 class MixerState:
     """What a mixer carries from one window to the next. A dataclass of tensors whose first dimension is the row."""
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> MixerState:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Apply ``function`` to every tensor."""
-        return type(self)(**{name: function(value) for name, value in vars(self).items()})
+        return type(self)(**{name: None if value is None else function(value) for name, value in vars(self).items()})
 
-    def detach(self) -> MixerState:
+    def detach(self) -> Self:
         """Cut the graph: truncated backpropagation through time."""
         return self.map(Tensor.detach)
 
-    def keep(self, rows: Bool[Tensor, "b"]) -> MixerState:
+    def keep(self, rows: Bool[Tensor, "b"]) -> Self:
         """Keep the state of the rows that are True, and start the others afresh (zero)."""
         return self.map(
             lambda value: torch.where(rows.reshape(-1, *([1] * (value.dim() - 1))), value, torch.zeros_like(value))
@@ -44,11 +44,13 @@ class Mixer(nn.Module):
 
     Attributes:
         causal: whether position t depends on positions up to t only.
+        bounded_state: whether the state keeps its size however many tokens passed, so that a row can be run in tiles.
         residual_projections: names of the linear layers that write to the residual stream; the backbone scales their
             initial weights with depth.
     """
 
     causal: bool = True
+    bounded_state: bool = False
     residual_projections: tuple[str, ...] = ()
 
     def forward(

@@ -47,6 +47,7 @@ class Mamba2(Mixer):
         dt_floor: no step starts below this.
     """
 
+    bounded_state = True
     residual_projections = ("out_proj",)
 
     def __init__(

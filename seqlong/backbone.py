@@ -1,0 +1,171 @@
+"""Backbone: embed, blocks by a pattern, norm. It has no head and no loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from seqlong.batch import SequenceBatch
+from seqlong.block import Block, Checkpointing, run_block
+from seqlong.errors import ConfigError, nearest
+from seqlong.ffn import FeedForwardFactory, SwiGLU
+from seqlong.layout import SequenceLayout
+from seqlong.mixers.base import MixerFactory
+from seqlong.norms import NORMS
+from seqlong.state import BackboneState
+
+
+@dataclass
+class BackboneConfig:
+    """The architecture, as data.
+
+    Args:
+        vocab_size: token ids are below this.
+        d_model: width of the residual stream.
+        pattern: one letter a block, from ``mixers``; spaces are for the eye. Repeated until there are ``layers``.
+        mixers: letter -> mixer, given as class_path and init_args.
+        layers: blocks in all; the length of the pattern if not given.
+        ffn: the feed-forward half of every block, given as class_path and init_args; null leaves it out.
+        norm: kind of norm before each half and at the end.
+        norm_eps: added under the root in norms.
+        checkpointing: what training keeps for the backward pass. ``none``: everything, fastest. ``selective``: matrix
+            products and states. ``block``: the input of each block, a third more compute. ``tiled``: the same, and
+            inside a block at most ``tile`` positions at once: for the longest rows.
+        tile: positions a tile, for ``tiled``.
+    """
+
+    vocab_size: int = 16
+    d_model: int = 128
+    pattern: str = "mmma"
+    mixers: dict[str, MixerFactory] = field(default_factory=dict)
+    layers: int | None = None
+    ffn: FeedForwardFactory | None = SwiGLU
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    checkpointing: Checkpointing = "none"
+    tile: int = 16384
+
+    def letters(self) -> str:
+        """One letter a block.
+
+        Raises:
+            ConfigError: an empty pattern, a letter that ``mixers`` lacks, a mixer that the pattern never uses.
+        """
+        letters = "".join(self.pattern.split())
+        known = ", ".join(f"'{letter}'" for letter in self.mixers) or "none"
+        if not letters:
+            raise ConfigError("backbone.pattern is empty; give one letter a block, such as 'mmma'")
+        for number, letter in enumerate(letters):
+            if letter not in self.mixers:
+                raise ConfigError(
+                    f"backbone.pattern '{self.pattern}' has '{letter}' at block {number + 1}, but backbone.mixers "
+                    f"defines {known}{nearest(letter, self.mixers)}; use one of these or add mixers.{letter}"
+                )
+        count = len(letters) if self.layers is None else self.layers
+        if count < 1:
+            raise ConfigError(f"backbone.layers must be at least 1, found {count}")
+        return (letters * math.ceil(count / len(letters)))[:count]
+
+
+@dataclass
+class BackboneOutput:
+    """What a backbone returns.
+
+    Attributes:
+        hidden: ``(b t d)`` after the last norm.
+        state: to be passed with the next window; None if no state was passed with this one.
+        aux: further losses and figures that the blocks report, by name.
+    """
+
+    hidden: Float[Tensor, "b t d"]
+    state: BackboneState | None = None
+    aux: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks by pattern, norm.
+
+    Initialisation follows the Mamba2 code: embeddings normal with deviation 0.02, linear layers torch's default, and
+    layers that write to the residual stream divided by the root of how many there are.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.letters = config.letters()
+        self.checkpointing, self.tile = config.checkpointing, config.tile
+        if config.checkpointing == "tiled" and config.tile < 1:
+            raise ConfigError(f"backbone.tile must be at least 1 position, found {config.tile}")
+
+        def norm(width: int) -> nn.Module:
+            return NORMS[config.norm](width, config.norm_eps)
+
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList()
+        for letter in self.letters:
+            try:
+                mixer = config.mixers[letter](config.d_model)
+                ffn = None if config.ffn is None else config.ffn(config.d_model)
+            except ValueError as error:
+                raise ConfigError(f"backbone.mixers.{letter}: {error}") from error
+            self.blocks.append(Block(config.d_model, mixer, ffn, norm))
+        self.norm = norm(config.d_model)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            writers = block.residual_projections()
+            for layer in writers:
+                with torch.no_grad():
+                    layer.weight /= math.sqrt(len(writers) * len(self.blocks))
+
+    def forward(self, batch: SequenceBatch, state: BackboneState | None = None) -> BackboneOutput:
+        """Hidden states of every position.
+
+        Args:
+            batch: tokens, with segment ids and positions if there are any.
+            state: from the window before, or ``initial_state`` to begin a stream; None keeps none.
+        """
+        if batch.tokens is None:
+            raise ValueError("this backbone embeds tokens; the batch has none")
+        rows, length = batch.shape
+        if state is not None and batch.continues is not None:
+            state = state.keep(batch.continues)
+        layout = SequenceLayout.build(
+            rows,
+            length,
+            batch.segment_ids,
+            batch.positions,
+            offset=None if state is None else state.position,
+            device=batch.tokens.device,
+        )
+        hidden = self.embedding(batch.tokens)
+        after = []
+        for number, block in enumerate(self.blocks):
+            before = None if state is None else state.blocks[number]
+            hidden, left = run_block(block, hidden, layout, before, self.checkpointing, self.tile)
+            after.append(left)
+        hidden = self.norm(hidden)
+        if state is None:
+            return BackboneOutput(hidden)
+        return BackboneOutput(hidden, BackboneState(after, _advance(state.position, layout)))
+
+    def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> BackboneState:
+        """The state before the first token of ``rows`` rows."""
+        blocks = [block.mixer.initial_state(rows, device, dtype) for block in self.blocks]
+        return BackboneState(blocks, torch.zeros(rows, dtype=torch.int64, device=device))
+
+
+def _advance(position: Tensor, layout: SequenceLayout) -> Tensor:
+    """Tokens of the segment that goes on, after this window."""
+    last = (layout.lengths - 1).clamp(min=0)[:, None]
+    steps = layout.positions if layout.positions.dim() == 2 else layout.positions[..., 0]
+    if not layout.shape[1]:
+        return position
+    return torch.where(layout.lengths > 0, steps.gather(1, last)[:, 0] + 1, position)
