@@ -11,6 +11,8 @@ import logging
 import os
 from dataclasses import dataclass
 
+import torch
+
 log = logging.getLogger(__name__)
 
 VARIABLE = "SEQLONG_KERNELS"
@@ -49,6 +51,8 @@ def choose(op: str, offered: dict[str, str], preferred: str, forced: str | None 
         choice = Choice(preferred, f"{offered[preferred]}; {VARIABLE}={wanted} is not offered by this op")
     else:
         choice = Choice(preferred, offered[preferred])
+    if torch.compiler.is_compiling():
+        return choice
     key = (op, choice.implementation, choice.reason)
     if key not in _announced:
         _announced.add(key)

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+def _once(function: Callable[[Any], T]) -> T:
+    """A property computed when first asked for. (``functools.cached_property`` takes a lock, which cannot be traced.)"""
+    name = function.__name__
+
+    def get(self: SequenceLayout) -> T:
+        if name not in self._known:
+            self._known[name] = function(self)
+        return self._known[name]
+
+    return property(get, doc=function.__doc__)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -25,6 +40,7 @@ class SequenceLayout:
     segment_ids: Int[Tensor, "b t"] | None
     positions: Int[Tensor, "b t"] | Int[Tensor, "b t 3"]
     previous: Int[Tensor, "b"] | None = None
+    _known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def build(
@@ -72,7 +88,7 @@ class SequenceLayout:
         rows, length = self.positions.shape[:2]
         return rows, length
 
-    @cached_property
+    @_once
     def starts(self) -> Bool[Tensor, "b t"] | None:
         """``(b t)`` True where a state starts afresh: at the first token of every segment but the one at position 0,
         which goes on from whatever state is carried (zero at first). None when every row is one segment."""
@@ -84,12 +100,12 @@ class SequenceLayout:
         before[:, :1] = (ids[:, 0] if self.previous is None else self.previous)[:, None]
         return (ids != before) & (ids != 0)
 
-    @cached_property
+    @_once
     def padding(self) -> Bool[Tensor, "b t"] | None:
         """``(b t)`` True at padding; None when no segment ids are given."""
         return None if self.segment_ids is None else self.segment_ids == 0
 
-    @cached_property
+    @_once
     def lengths(self) -> Int[Tensor, "b"]:
         """``(b)`` the tokens of each row that are not padding."""
         rows, length = self.shape
@@ -97,7 +113,7 @@ class SequenceLayout:
             return torch.full((rows,), length, device=self.positions.device)
         return (self.segment_ids != 0).sum(dim=1)
 
-    @cached_property
+    @_once
     def boundaries(self) -> list[list[tuple[int, int]]]:
         """For every row its ``(start, stop)`` segments, as Python integers (one device synchronisation, once). Whether
         the first of them goes on from carried state is for ``starts[:, 0]`` to say."""
@@ -122,7 +138,7 @@ class SequenceLayout:
             ids = ids[:, start:stop]
         return SequenceLayout(ids, self.positions[:, start:stop], previous)
 
-    @cached_property
+    @_once
     def reversal(self) -> Int[Tensor, "b t"] | None:
         """``(b t)`` the index that reverses each row and leaves its padding at the end; None when a plain flip does."""
         if self.segment_ids is None:
@@ -138,7 +154,7 @@ class SequenceLayout:
         index = self.reversal.reshape(*self.reversal.shape, *([1] * (sequence.dim() - 2)))
         return sequence.gather(1, index.expand_as(sequence))
 
-    @cached_property
+    @_once
     def reversed(self) -> SequenceLayout:
         """The layout of the reversed rows: the same segments from right to left, positions counted from their ends."""
         ids = None if self.segment_ids is None else self.reverse(self.segment_ids)

@@ -114,7 +114,7 @@ def _by_blocks(
             outputs.append(checkpoint(masked, qb, kb, vb, use_reentrant=False, preserve_rng_state=False))
         else:
             outputs.append(masked(qb, kb, vb))
-    return torch.cat(outputs, dim=1)
+    return torch.cat(outputs, dim=1) if outputs else v.new_zeros(*q.shape[:3], v.shape[3])
 
 
 def _by_segments(

@@ -21,7 +21,12 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits + bias.to(kept)
 
 
-@torch.library.custom_op("seqlong::linear_cross_entropy", mutates_args=())
+@torch.library.custom_op(
+    "seqlong::linear_cross_entropy",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float z_loss, int chunk) "
+    "-> (Tensor, Tensor)",
+)
 def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, z_loss: float, chunk: int
 ) -> tuple[Tensor, Tensor]:
@@ -46,7 +51,12 @@ def _(hidden, weight, targets, bias, z_loss, chunk):  # type: ignore[no-untyped-
     return tuple(torch.empty(hidden.shape[0], dtype=kept, device=hidden.device) for _ in range(2))
 
 
-@torch.library.custom_op("seqlong::linear_cross_entropy_backward", mutates_args=())
+@torch.library.custom_op(
+    "seqlong::linear_cross_entropy_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor normalizer, "
+    "float z_loss, int chunk) -> (Tensor, Tensor, Tensor)",
+)
 def _backward(
     grad: Tensor,
     hidden: Tensor,

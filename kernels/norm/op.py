@@ -18,7 +18,12 @@ def rms_norm(x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"], eps: float = 
     return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
 
 
-@torch.library.custom_op("seqlong::gated_rms_norm", mutates_args=())
+@torch.library.custom_op(
+    "seqlong::gated_rms_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor gate, Tensor weight, int groups, float eps) "
+    "-> Tensor",
+)
 def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
     kept = torch.float64 if x.dtype == torch.float64 else torch.float32
     output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -40,7 +45,12 @@ def _tiles(rows: Tensor) -> list[tuple[int, int]]:
     return [(a, min(a + tile, rows.shape[0])) for a in range(0, rows.shape[0], tile)]
 
 
-@torch.library.custom_op("seqlong::gated_rms_norm_backward", mutates_args=())
+@torch.library.custom_op(
+    "seqlong::gated_rms_norm_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor gate, Tensor weight, int groups, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
+)
 def _gated_rms_norm_backward(
     grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -156,7 +156,12 @@ def _working_type(q: Tensor, v: Tensor) -> torch.dtype:
     return v.dtype if q.is_cuda else torch.float32
 
 
-@torch.library.custom_op("seqlong::scalar_decay_chunked", mutates_args=())
+@torch.library.custom_op(
+    "seqlong::scalar_decay_chunked",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? starts, Tensor? initial_state, "
+    "int chunk=0, int block=0) -> (Tensor, Tensor, Tensor)",
+)
 def scalar_decay_chunked(
     q: Tensor,
     k: Tensor,
@@ -203,7 +208,12 @@ def _(q, k, v, log_decay, starts, initial_state, chunk=0, block=0):  # type: ign
     )
 
 
-@torch.library.custom_op("seqlong::scalar_decay_chunked_backward", mutates_args=())
+@torch.library.custom_op(
+    "seqlong::scalar_decay_chunked_backward",
+    mutates_args=(),
+    schema="(Tensor grad_output, Tensor? grad_final, Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? starts, "
+    "Tensor entries, int chunk=0, int block=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def scalar_decay_chunked_backward(
     grad_output: Tensor,
     grad_final: Tensor | None,

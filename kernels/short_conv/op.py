@@ -47,7 +47,12 @@ def _windows(x: Tensor, state: Tensor, a: int, z: int) -> Tensor:
     return torch.cat([before, x[:, max(0, a - reach) : z]], dim=1)
 
 
-@torch.library.custom_op("seqlong::short_conv", mutates_args=())
+@torch.library.custom_op(
+    "seqlong::short_conv",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? starts, Tensor state) "
+    "-> Tensor",
+)
 def _short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, state: Tensor) -> Tensor:
     kept = _working(x)
     masks = _clear(starts, weight.shape[1])
@@ -70,7 +75,12 @@ def _tiles(x: Tensor) -> list[tuple[int, int]]:
     return [(a, min(a + tile, length)) for a in range(0, length, tile)]
 
 
-@torch.library.custom_op("seqlong::short_conv_backward", mutates_args=())
+@torch.library.custom_op(
+    "seqlong::short_conv_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? starts, Tensor state) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _short_conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -131,10 +141,10 @@ def short_conv(
     bias: Float[Tensor, "d"] | None = None,
     *,
     starts: Bool[Tensor, "b t"] | None = None,
-    state: Float[Tensor, "b w-1 d"] | None = None,
+    state: Float[Tensor, "b r d"] | None = None,
     lengths: Int[Tensor, "b"] | None = None,
     output_state: bool = False,
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"] | None]:
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b r d"] | None]:
     """``y_t = silu(Σ_j weight[:, w-1-j] x_{t-j} + bias)`` over the w tokens up to t of the same segment.
 
     Args:
@@ -142,7 +152,7 @@ def short_conv(
         weight: one filter a channel, the last column for the token itself (the layout of ``nn.Conv1d``).
         bias: per channel.
         starts: True at tokens where a segment starts; earlier tokens are not seen from there on.
-        state: the w-1 inputs before the first; zero if None.
+        state: the r = w - 1 inputs before the first; zero if None.
         lengths: tokens of each row before its padding; all if None. Only the state after the row depends on it.
         output_state: also return the state after the row.
 

@@ -12,8 +12,8 @@ def short_conv_reference(
     weight: Float[Tensor, "d w"],
     bias: Float[Tensor, "d"] | None = None,
     starts: Bool[Tensor, "b t"] | None = None,
-    state: Float[Tensor, "b w-1 d"] | None = None,
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b w-1 d"]]:
+    state: Float[Tensor, "b r d"] | None = None,
+) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b r d"]]:
     """``y_t = silu(Σ_j weight[:, w-1-j] x_{t-j} + bias)``; returns the outputs and the last w-1 inputs."""
     rows, length, width = x.shape
     taps = weight.shape[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,15 +15,15 @@ from seqlong.layout import SequenceLayout
 class MixerState:
     """What a mixer carries from one window to the next. A dataclass of tensors whose first dimension is the row."""
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> MixerState:
         """Apply ``function`` to every tensor."""
         return type(self)(**{name: None if value is None else function(value) for name, value in vars(self).items()})
 
-    def detach(self) -> Self:
+    def detach(self) -> MixerState:
         """Cut the graph: truncated backpropagation through time."""
         return self.map(Tensor.detach)
 
-    def keep(self, rows: Bool[Tensor, "b"]) -> Self:
+    def keep(self, rows: Bool[Tensor, "b"]) -> MixerState:
         """Keep the state of the rows that are True, and start the others afresh (zero)."""
         return self.map(
             lambda value: torch.where(rows.reshape(-1, *([1] * (value.dim() - 1))), value, torch.zeros_like(value))

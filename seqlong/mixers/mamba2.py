@@ -19,10 +19,10 @@ from seqlong.mixers.base import Mixer, MixerState
 
 @dataclass
 class Mamba2State(MixerState):
-    """Shapes: ssm ``(b h k v)`` float32 (k = d_state, v = head_dim), conv ``(b w-1 c)`` the last inputs."""
+    """Shapes: ssm ``(b h k v)`` float32 (k = d_state, v = head_dim), conv ``(b r c)`` the last r = conv_width - 1 inputs."""
 
     ssm: Float[Tensor, "b h k v"]
-    conv: Float[Tensor, "b w-1 c"]
+    conv: Float[Tensor, "b r c"]
 
 
 class Mamba2(Mixer):

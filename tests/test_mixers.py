@@ -1,0 +1,298 @@
+"""The contract: every mixer passes this one set. A new mixer adds one line to MIXERS.
+
+Tests run in float64 where rounding must not hide a mistake. Every parameter is moved away from its initial value
+first: defaults such as D = 1 hide bugs.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqlong.block import Block, run_block
+from seqlong.ffn import SwiGLU
+from seqlong.layout import SequenceLayout
+from seqlong.mixers import Attention, Bidirectional, Mamba2, Mixer
+from seqlong.norms import RMSNorm
+
+WIDTH = 16
+MIXERS: dict[str, Callable[[int], Mixer]] = {
+    "mamba2": partial(Mamba2, d_state=8, head_dim=8),
+    "mamba2_groups": partial(Mamba2, d_state=6, head_dim=4, groups=4, expand=1, conv_width=3, conv_bias=False),
+    "attention_rope": partial(Attention, heads=4),
+    "attention_gqa": partial(Attention, heads=4, kv_heads=2, head_dim=6, positions="none", bias=True),
+    "attention_mqa_alibi": partial(Attention, heads=4, kv_heads=1, positions="alibi"),
+    "attention_window": partial(Attention, heads=2, window=5),
+    "attention_window_one": partial(Attention, heads=2, window=1),
+    "attention_both_sides": partial(Attention, heads=4, causal=False),
+    "attention_both_sides_window": partial(
+        Attention, heads=4, kv_heads=2, causal=False, window=4, positions="none"
+    ),
+    "mamba2_both_sides": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8)),
+    "mamba2_both_sides_tied": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8), tied=True),
+}
+CAUSAL = [name for name, make in MIXERS.items() if make(WIDTH).causal]
+LENGTHS = [1, 2, 3, 17, 67]
+
+
+def make(name: str, dtype: torch.dtype = torch.float64) -> Mixer:
+    torch.manual_seed(1)
+    mixer = MIXERS[name](WIDTH).to(dtype)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return mixer
+
+
+def rows(length: int, count: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(count, length, WIDTH, dtype=dtype)
+
+
+def plain(length: int, count: int = 2) -> SequenceLayout:
+    return SequenceLayout.build(count, length)
+
+
+def packed() -> tuple[SequenceLayout, list[list[tuple[int, int]]]]:
+    """Rows of 23: segments of 5, 1, 12 and padding; 2, 2, 19; a row of padding alone."""
+    ids = torch.tensor([[1] * 5 + [2] + [3] * 12 + [0] * 5, [1] * 2 + [2] * 2 + [3] * 19, [0] * 23], dtype=torch.int32)
+    cuts = [[(0, 5), (5, 6), (6, 18)], [(0, 2), (2, 4), (4, 23)], []]
+    return SequenceLayout.build(3, 23, ids), cuts
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", CAUSAL)
+def test_no_token_sees_a_later_one(name: str, length: int) -> None:
+    """Bit for bit, whatever the future holds. (NaN itself would spread inside one matrix product as 0 · NaN.)"""
+    mixer, hidden = make(name), rows(length)
+    for cut in {1, length // 2, length - 1} - {0, length}:
+        changed = hidden.clone()
+        changed[:, cut:] = 1e3 * torch.randn_like(changed[:, cut:])
+        before = mixer(hidden, plain(length))[0][:, :cut]
+        after = mixer(changed, plain(length))[0][:, :cut]
+        assert torch.equal(before, after), f"positions before {cut} changed with what follows"
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_future_has_no_gradient_even_when_it_is_nan(name: str) -> None:
+    mixer, hidden = make(name), rows(600, 1).requires_grad_()
+    spoiled = hidden.detach().clone()
+    spoiled[:, 520:] = torch.nan  # a chunk and a block of queries of its own
+    first = mixer(spoiled, plain(600, 1))[0][:, :500]
+    assert first.isfinite().all(), "NaN in a later chunk reached earlier positions"
+    (gradient,) = torch.autograd.grad(mixer(hidden, plain(600, 1))[0][:, :300].sum(), hidden)
+    assert gradient[:, 300:].abs().max() == 0
+    assert gradient[:, :300].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", sorted(set(MIXERS) - set(CAUSAL)))
+def test_a_mixer_that_sees_both_sides_does(name: str) -> None:
+    mixer, hidden = make(name), rows(9, 1).requires_grad_()
+    (gradient,) = torch.autograd.grad(mixer(hidden, plain(9, 1))[0][:, 4].sum(), hidden)
+    assert gradient[:, 3].abs().max() > 0 and gradient[:, 5].abs().max() > 0
+
+
+@pytest.mark.parametrize("length", [2, 17, 67])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_split_anywhere_with_the_state_carried_is_the_whole(name: str, length: int) -> None:
+    mixer, hidden, layout = make(name), rows(length), plain(length)
+    whole = mixer(hidden, layout)[0]
+    for cuts in ([0, 1, length], [0, length // 2, length], [0, length // 3, length // 2, length - 1, length]):
+        cuts = sorted(set(cuts))
+        state, outputs = mixer.initial_state(2, "cpu", torch.float64), []
+        for a, z in zip(cuts, cuts[1:], strict=False):
+            output, state = mixer(hidden[:, a:z], layout.slice(a, z), state)
+            outputs.append(output)
+        close(torch.cat(outputs, dim=1), whole)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_one_token_at_a_time_is_the_whole(name: str) -> None:
+    mixer, hidden, layout = make(name), rows(19), plain(19)
+    state, outputs = mixer.initial_state(2, "cpu", torch.float64), []
+    for step in range(19):
+        output, state = mixer(hidden[:, step : step + 1], layout.slice(step, step + 1), state)
+        outputs.append(output)
+    close(torch.cat(outputs, dim=1), mixer(hidden, layout)[0])
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_gradients_flow_through_the_carried_state(name: str) -> None:
+    mixer, hidden, layout = make(name), rows(15).requires_grad_(), plain(15)
+    target = torch.randn(2, 15, WIDTH, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((mixer(hidden, layout)[0] * target).sum(), hidden)
+    state = mixer.initial_state(2, "cpu", torch.float64)
+    first, state = mixer(hidden[:, :6], layout.slice(0, 6), state)
+    second, _ = mixer(hidden[:, 6:], layout.slice(6, 15), state)
+    (found,) = torch.autograd.grad((torch.cat([first, second], dim=1) * target).sum(), hidden)
+    close(found, expected)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_packed_segments_are_as_if_separate(name: str) -> None:
+    mixer, hidden = make(name), rows(23, 3)
+    layout, cuts = packed()
+    found = mixer(hidden, layout)[0]
+    assert found.isfinite().all()
+    for row, segments in enumerate(cuts):
+        for a, z in segments:
+            alone = mixer(hidden[row : row + 1, a:z], plain(z - a, 1))[0]
+            close(found[row : row + 1, a:z], alone)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_what_stands_in_padding_changes_nothing(name: str) -> None:
+    mixer, hidden = make(name), rows(23, 3)
+    layout, _ = packed()
+    spoiled = hidden.masked_fill(layout.segment_ids[..., None] == 0, torch.nan)
+    real = (layout.segment_ids > 0)[..., None]
+    close(mixer(spoiled, layout)[0].where(real, 0), mixer(hidden, layout)[0].where(real, 0))
+
+
+@pytest.mark.parametrize("cuts", [[0, 7, 23], [0, 5, 6, 18, 23], list(range(24))])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_packed_rows_split_anywhere_are_the_whole(name: str, cuts: list[int]) -> None:
+    mixer, hidden = make(name), rows(23, 3)
+    layout, _ = packed()
+    state, outputs = mixer.initial_state(3, "cpu", torch.float64), []
+    for a, z in zip(cuts, cuts[1:], strict=False):
+        output, state = mixer(hidden[:, a:z], layout.slice(a, z), state)
+        outputs.append(output)
+    real = (layout.segment_ids > 0)[..., None]
+    close(torch.cat(outputs, dim=1).where(real, 0), mixer(hidden, layout)[0].where(real, 0))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_row_that_is_not_kept_starts_afresh(name: str) -> None:
+    mixer, hidden = make(name), rows(12)
+    state = mixer.initial_state(2, "cpu", torch.float64)
+    _, state = mixer(hidden[:, :7], plain(7), state)
+    state = state.keep(torch.tensor([True, False]))
+    found, _ = mixer(hidden[:, 7:], plain(12).slice(7, 12), state)
+    close(found[0], mixer(hidden, plain(12))[0][0, 7:])
+    close(found[1], mixer(hidden[:, 7:], plain(12).slice(7, 12), mixer.initial_state(2, "cpu", torch.float64))[0][1])
+
+
+@pytest.mark.parametrize("name", ["mamba2_both_sides_tied", "attention_both_sides_window"])
+def test_symmetric_mixers_commute_with_reading_backwards(name: str) -> None:
+    mixer, hidden = make(name), rows(13)
+    close(mixer(hidden.flip(1), plain(13))[0].flip(1), mixer(hidden, plain(13))[0])
+
+
+def test_bidirectional_is_the_sum_of_two_readings() -> None:
+    mixer, hidden = make("mamba2_both_sides"), rows(13)
+    assert isinstance(mixer, Bidirectional) and mixer.backward_mixer is not None
+    right = mixer.forward_mixer(hidden, plain(13))[0]
+    left = mixer.backward_mixer(hidden.flip(1), plain(13))[0].flip(1)
+    close(mixer(hidden, plain(13))[0], right + left)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_gradients_agree_with_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fast implementations against the float64 loops: outputs, input gradient, every parameter's gradient."""
+    mixer, hidden = make(name), rows(21, 3).requires_grad_()
+    ids = torch.tensor([[1] * 21, [1] * 4 + [2] * 11 + [0] * 6, [1] * 20 + [2]], dtype=torch.int32)
+    target = torch.randn(3, 21, WIDTH, dtype=torch.float64) * (ids > 0)[..., None]
+    wanted = [hidden, *mixer.parameters()]
+    results = []
+    for implementation in ("", "reference"):
+        monkeypatch.setenv("SEQLONG_KERNELS", implementation)
+        output = mixer(hidden, SequenceLayout.build(3, 21, ids))[0]
+        loss = (output * target).sum()
+        results.append([output.where((ids > 0)[..., None], 0), *torch.autograd.grad(loss, wanted)])
+    for found, expected in zip(*results, strict=True):
+        close(found, expected, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["mamba2_groups", "attention_window", "mamba2_both_sides_tied"])
+def test_gradients_agree_with_finite_differences(name: str) -> None:
+    mixer = make(name)
+    layout, _ = packed()
+    layout = layout.slice(0, 8)
+
+    def function(hidden: Tensor) -> Tensor:
+        return mixer(hidden, layout)[0].where((layout.segment_ids > 0)[..., None], 0)
+
+    assert torch.autograd.gradcheck(function, (rows(8, 3).requires_grad_(),), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_bfloat16_stays_near_float64(name: str) -> None:
+    exact, hidden = make(name), rows(33)
+    expected = exact(hidden, plain(33))[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = exact.float()(hidden.float(), plain(33))[0].double()
+    error = ((found - expected).norm() / expected.norm()).item()
+    assert 0 < error < 2e-2, f"relative error {error:.1e} under bfloat16 autocast"
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_no_state_in_none_out_and_zero_length_windows(name: str) -> None:
+    mixer = make(name)
+    assert mixer(rows(5), plain(5))[1] is None
+    state = mixer.initial_state(2, "cpu", torch.float64)
+    _, state = mixer(rows(5), plain(5), state)
+    output, after = mixer(rows(5)[:, :0], plain(5).slice(5, 5), state)
+    assert output.shape == (2, 0, WIDTH)
+    for name_, value in vars(state).items():
+        if value is not None:
+            close(getattr(after, name_).double(), value.double())
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_state_dict_is_strict_and_complete(name: str) -> None:
+    mixer, other = make(name), MIXERS[name](WIDTH).double()
+    other.load_state_dict(mixer.state_dict(), strict=True)
+    hidden = rows(9)
+    assert torch.equal(mixer(hidden, plain(9))[0], other(hidden, plain(9))[0])
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "block", "tiled"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_checkpointing_changes_memory_only(name: str, checkpointing: str) -> None:
+    block = Block(WIDTH, make(name), SwiGLU(WIDTH).double(), RMSNorm).double()
+    layout, _ = packed()
+    hidden = rows(23, 3)
+    real = (layout.segment_ids > 0)[..., None]
+    results = []
+    for mode in ("none", checkpointing):
+        source = hidden.clone().requires_grad_()
+        output, state = run_block(block, source, layout, None, mode, tile=4)  # type: ignore[arg-type]
+        assert state is None
+        loss = output.where(real, 0).square().sum()
+        results.append([output.where(real, 0), *torch.autograd.grad(loss, [source, *block.parameters()])])
+    for found, expected in zip(*results, strict=True):
+        close(found, expected)
+
+
+def compile_every_mixer() -> None:
+    """Traced whole (no graph break), forward and backward, with torch's own operators as the back end."""
+    for name in MIXERS:
+        torch.compiler.reset()
+        block = Block(WIDTH, make(name, torch.float32), SwiGLU(WIDTH), RMSNorm)
+        hidden = rows(9, dtype=torch.float32).requires_grad_()
+        results = []
+        for run in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
+            output = run(hidden, plain(9))[0]
+            results.append([output, *torch.autograd.grad(output.square().sum(), [hidden, *block.parameters()])])
+        for found, expected in zip(*results, strict=True):
+            close(found, expected, 1e-4)
+        print(f"compiled {name}")
+
+
+def test_every_block_compiles() -> None:
+    """In a process of its own: shapes checked at run time cannot be traced."""
+    code = f"import runpy; runpy.run_path({str(Path(__file__))!r})['compile_every_mixer']()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("compiled ") == len(MIXERS)
