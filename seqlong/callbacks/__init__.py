@@ -1,0 +1,26 @@
+"""What goes on around the training steps. Each is a Lightning callback, named in configs/trainer/default.yaml."""
+
+from seqlong.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
+from seqlong.callbacks.finite_guard import FiniteGuard
+from seqlong.callbacks.loggers import MetricsCsv, TensorBoard
+from seqlong.callbacks.predictions import PredictionWriter
+from seqlong.callbacks.preemption import Preempted, Preemption
+from seqlong.callbacks.progress import Progress
+from seqlong.callbacks.run_folder import RunFolder
+from seqlong.callbacks.step_seed import StepSeed
+from seqlong.callbacks.throughput import Throughput
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "Checkpoints",
+    "FiniteGuard",
+    "MetricsCsv",
+    "Preempted",
+    "Preemption",
+    "PredictionWriter",
+    "Progress",
+    "RunFolder",
+    "StepSeed",
+    "TensorBoard",
+    "Throughput",
+]
