@@ -155,6 +155,11 @@ def data_section(record: RunRecord) -> Html | None:
     intervals = split_intervals(record.data.get("split"))
     if intervals:
         children.append(_split_table(intervals))
+        split = record.data["split"] if isinstance(record.data["split"], dict) else {}
+        how = {key: value for key, value in split.items() if isinstance(value, str | int | float)}
+        if how:
+            said = ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in how.items())
+            children.append(tag("p", f"Split by {said.removeprefix('kind ')}.", attributes={"class": "note"}))
         children.append(_contig_bars(intervals, _contig_lengths(record.data)))
     elif record.data.get("split"):
         children.append(_folded("Split", json.dumps(record.data["split"], indent=2, ensure_ascii=False)))
@@ -172,11 +177,13 @@ def data_section(record: RunRecord) -> Html | None:
 def split_intervals(split: Any) -> list[tuple[str, str, int, int]]:
     """``(part, contig, start, stop)`` of a split in any of the shapes that data.json may hold it in.
 
-    ``{"train": [[contig, start, stop] | {...}, ...], ...}``, ``{"intervals": [...]}`` or a list of records with
-    contig, start, stop (or end) and split (or part). Empty when it is something else, such as file names.
+    ``{"train": [[contig, start, stop] | {...}, ...], ...}`` or a list of records with contig, start, stop (or end)
+    and split (or part), either of them also under the key ``regions`` or ``intervals``. Empty when it is something
+    else, such as file names.
     """
-    if isinstance(split, dict) and isinstance(split.get("intervals"), list | dict):
-        split = split["intervals"]
+    for key in ("regions", "intervals"):
+        if isinstance(split, dict) and isinstance(split.get(key), list | dict):
+            split = split[key]
     entries: list[tuple[Any, Any]] = []
     if isinstance(split, dict):
         entries = [(part, one) for part, many in split.items() if isinstance(many, list) for one in many]
