@@ -105,21 +105,24 @@ class Backbone(nn.Module):
             return NORMS[config.norm](width, config.norm_eps)
 
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList()
+        blocks = []
         for letter in self.letters:
             try:
                 mixer = config.mixers[letter](config.d_model)
                 ffn = None if config.ffn is None else config.ffn(config.d_model)
             except ValueError as error:
                 raise ConfigError(f"backbone.mixers.{letter}: {error}") from error
-            self.blocks.append(Block(config.d_model, mixer, ffn, norm))
+            blocks.append(Block(config.d_model, mixer, ffn, norm))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = norm(config.d_model)
         self._initialise()
 
+    def _blocks(self) -> list[Block]:
+        return list(self.blocks)  # type: ignore[arg-type]
+
     def _initialise(self) -> None:
         nn.init.normal_(self.embedding.weight, std=0.02)
-        for block in self.blocks:
-            assert isinstance(block, Block)
+        for block in self._blocks():
             writers = block.residual_projections()
             for layer in writers:
                 with torch.no_grad():
@@ -147,7 +150,7 @@ class Backbone(nn.Module):
         )
         hidden = self.embedding(batch.tokens)
         after = []
-        for number, block in enumerate(self.blocks):
+        for number, block in enumerate(self._blocks()):
             before = None if state is None else state.blocks[number]
             hidden, left = run_block(block, hidden, layout, before, self.checkpointing, self.tile)
             after.append(left)
@@ -158,7 +161,7 @@ class Backbone(nn.Module):
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> BackboneState:
         """The state before the first token of ``rows`` rows."""
-        blocks = [block.mixer.initial_state(rows, device, dtype) for block in self.blocks]
+        blocks = [block.mixer.initial_state(rows, device, dtype) for block in self._blocks()]
         return BackboneState(blocks, torch.zeros(rows, dtype=torch.int64, device=device))
 
 

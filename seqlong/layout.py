@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def _once(function: Callable[[Any], T]) -> T:
-    """A property computed when first asked for. (``functools.cached_property`` takes a lock, which cannot be traced.)"""
+    """A property computed when first asked for (``functools.cached_property`` takes a lock, which no tracer can)."""
     name = function.__name__
 
     def get(self: SequenceLayout) -> T:

@@ -6,6 +6,7 @@ first: defaults such as D = 1 hide bugs.
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,9 +33,7 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "attention_window": partial(Attention, heads=2, window=5),
     "attention_window_one": partial(Attention, heads=2, window=1),
     "attention_both_sides": partial(Attention, heads=4, causal=False),
-    "attention_both_sides_window": partial(
-        Attention, heads=4, kv_heads=2, causal=False, window=4, positions="none"
-    ),
+    "attention_both_sides_window": partial(Attention, heads=4, kv_heads=2, causal=False, window=4, positions="none"),
     "mamba2_both_sides": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8)),
     "mamba2_both_sides_tied": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8), tied=True),
 }
@@ -110,7 +109,7 @@ def test_split_anywhere_with_the_state_carried_is_the_whole(name: str, length: i
     for cuts in ([0, 1, length], [0, length // 2, length], [0, length // 3, length // 2, length - 1, length]):
         cuts = sorted(set(cuts))
         state, outputs = mixer.initial_state(2, "cpu", torch.float64), []
-        for a, z in zip(cuts, cuts[1:], strict=False):
+        for a, z in itertools.pairwise(cuts):
             output, state = mixer(hidden[:, a:z], layout.slice(a, z), state)
             outputs.append(output)
         close(torch.cat(outputs, dim=1), whole)
@@ -165,7 +164,7 @@ def test_packed_rows_split_anywhere_are_the_whole(name: str, cuts: list[int]) ->
     mixer, hidden = make(name), rows(23, 3)
     layout, _ = packed()
     state, outputs = mixer.initial_state(3, "cpu", torch.float64), []
-    for a, z in zip(cuts, cuts[1:], strict=False):
+    for a, z in itertools.pairwise(cuts):
         output, state = mixer(hidden[:, a:z], layout.slice(a, z), state)
         outputs.append(output)
     real = (layout.segment_ids > 0)[..., None]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+import inspect
+import itertools
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from seqlong.kernels.dispatch import choose
 
 OFFERED = {
     "sdpa": "one segment a row: torch's fused attention (cuDNN, then flash, then memory-efficient)",
-    "varlen": "packed rows on a GPU: torch's variable-length flash attention",
+    "varlen": "packed rows or a window on a GPU: torch's variable-length flash attention",
     "segments": "packed rows: torch's fused attention, one call a segment",
     "blocks": "window, bias or cache: torch's fused attention over blocks of queries, masks built per block",
     "reference": "float64 loop over queries",
@@ -59,7 +61,7 @@ def _block_mask(
     slopes: Tensor | None,
     like: Tensor,
 ) -> Tensor:
-    """What the queries ``rows`` see of the keys ``columns``: bool, or a float bias with slopes; broadcasts to (b h i j)."""
+    """What the queries ``rows`` see of the keys ``columns``, as (b h i j): bool, or a float bias with slopes."""
     i = torch.arange(rows.start, rows.stop, device=like.device)[:, None] + offset
     j = torch.arange(columns.start, columns.stop, device=like.device)
     distance = i - j
@@ -137,39 +139,39 @@ def _by_segments(
     return torch.cat(outputs)
 
 
-def _can_varlen(q: Tensor) -> bool:
-    return (
-        q.is_cuda
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    )
+def _varlen_options(q: Tensor, causal: bool, window: int | None) -> dict[str, Any] | None:
+    """How to ask this torch release's variable-length kernel for the wanted mask; None where it cannot be asked."""
+    if not (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)):
+        return None
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return None
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    if "window_size" in known:
+        reach = -1 if window is None else window - 1
+        return {"window_size": (reach, 0 if causal else reach)}
+    return {"is_causal": causal} if "is_causal" in known and window is None else None
 
 
-def _by_varlen(q: Tensor, k: Tensor, v: Tensor, causal: bool, boundaries: Boundaries) -> Tensor:
+def _by_varlen(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], boundaries: Boundaries) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     rows, length = q.shape[:2]
     spans = [(row * length + a, row * length + z) for row, parts in enumerate(boundaries) for a, z in parts]
-    keep = torch.cat([torch.arange(a, z, device=q.device) for a, z in spans])
-    cuts = torch.tensor([0, *_running(z - a for a, z in spans)], dtype=torch.int32, device=q.device)
-    longest = max(z - a for a, z in spans)
-    whole = keep.numel() == rows * length
+    sizes = [z - a for a, z in spans]
+    cuts = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=q.device)
+    keep = None
+    if sum(sizes) < rows * length:
+        keep = torch.cat([torch.arange(a, z, device=q.device) for a, z in spans])
     repeat = q.shape[2] // k.shape[2]
-    q, k, v = (x.flatten(0, 1) if whole else x.flatten(0, 1)[keep] for x in (q, k, v))
+    q, k, v = (x.flatten(0, 1) if keep is None else x.flatten(0, 1)[keep] for x in (q, k, v))
     if repeat > 1:  # not every torch release takes fewer key heads here
         k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
-    out = varlen_attn(q, k, v, cuts, cuts, longest, longest, is_causal=causal)
-    if not whole:
+    out = cast(Tensor, varlen_attn(q, k, v, cuts, cuts, max(sizes), max(sizes), **options))
+    if keep is not None:
         out = out.new_zeros(rows * length, *out.shape[1:]).index_copy(0, keep, out)
     return out.view(rows, length, *out.shape[1:])
-
-
-def _running(sizes: Iterable[int]) -> list[int]:
-    total, sums = 0, []
-    for size in sizes:
-        total += size
-        sums.append(total)
-    return sums
 
 
 def attention(
@@ -205,10 +207,13 @@ def attention(
     """
     plain = window is None and slopes is None
     cached = k.shape[1] != q.shape[1]
+    flash = _varlen_options(q, causal, window)
     if query_ids is None and plain and (not cached or not causal or q.shape[1] == 1):
         preferred = "sdpa"
+    elif slopes is None and (query_ids is None or boundaries is not None) and not cached and flash is not None:
+        preferred = "varlen"
     elif boundaries is not None and not cached:
-        preferred = "varlen" if plain and _can_varlen(q) else "segments"
+        preferred = "segments"
     else:
         preferred = "blocks"
     choice = choose("attention", OFFERED, preferred, implementation).implementation
@@ -216,8 +221,8 @@ def attention(
         return attention_reference(q, k, v, causal, window, query_ids, key_ids, slopes)
     if choice == "sdpa":
         return _fused(q, k, v, causal=causal and not cached)
-    if choice == "varlen" and boundaries is not None:
-        return _by_varlen(q, k, v, causal, boundaries)
+    if choice == "varlen" and flash is not None and any(boundaries or [[(0, 1)]]):
+        return _by_varlen(q, k, v, flash, boundaries or [[(0, q.shape[1])]] * q.shape[0])
     if choice == "segments" and boundaries is not None:
         return _by_segments(q, k, v, causal, window, slopes, boundaries)
     return _by_blocks(q, k, v, causal, window, query_ids, key_ids, slopes)

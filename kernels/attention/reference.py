@@ -17,7 +17,7 @@ def attention_reference(
     key_ids: Int[Tensor, "b s"] | None = None,
     slopes: Float[Tensor, "h"] | None = None,
 ) -> Float[Tensor, "b t h v"]:
-    """``o_i = Σ_j softmax_j(q_i·k_j / √k - slope |i - j|) v_j`` over the keys that query i may see; see ``op.py``."""
+    """``o_i = Σ_j softmax_j(q_i·k_j / √k - slope |i - j|) v_j`` over the keys that query i may see (``op.py``)."""
     rows, length, heads, width = q.shape
     keys, offset = k.shape[1], k.shape[1] - length
     repeat = heads // k.shape[2]

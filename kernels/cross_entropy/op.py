@@ -1,4 +1,4 @@
-"""linear_cross_entropy: the last projection and the loss in one, so that logits of all positions never exist at once."""
+"""linear_cross_entropy: the last projection and the loss in one; logits of all positions never exist at once."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.custom_op(
     "seqlong::linear_cross_entropy",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float z_loss, int chunk) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float z_loss, int chunk) -> (Tensor, Tensor)",
 )
 def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, z_loss: float, chunk: int

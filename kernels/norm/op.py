@@ -21,8 +21,7 @@ def rms_norm(x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"], eps: float = 
 @torch.library.custom_op(
     "seqlong::gated_rms_norm",
     mutates_args=(),
-    schema="(Tensor x, Tensor gate, Tensor weight, int groups, float eps) "
-    "-> Tensor",
+    schema="(Tensor x, Tensor gate, Tensor weight, int groups, float eps) -> Tensor",
 )
 def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
     kept = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -48,8 +47,7 @@ def _tiles(rows: Tensor) -> list[tuple[int, int]]:
 @torch.library.custom_op(
     "seqlong::gated_rms_norm_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor gate, Tensor weight, int groups, float eps) "
-    "-> (Tensor, Tensor, Tensor)",
+    schema="(Tensor grad, Tensor x, Tensor gate, Tensor weight, int groups, float eps) -> (Tensor, Tensor, Tensor)",
 )
 def _gated_rms_norm_backward(
     grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float

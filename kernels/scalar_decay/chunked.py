@@ -192,7 +192,11 @@ def scalar_decay_chunked(
         )
         result, state = _forward_block(part, state)
         output[:, a:z] = _merge(result, z - a)
-    return output, state.transpose(2, 3).reshape(rows, heads, width, value_width).clone(), entries
+    return (
+        output,
+        state.transpose(2, 3).reshape(rows, heads, width, value_width).clone(memory_format=torch.contiguous_format),
+        entries,
+    )
 
 
 @scalar_decay_chunked.register_fake
@@ -248,7 +252,9 @@ def scalar_decay_chunked_backward(
         grads[1][:, a:z] = grad_k.transpose(2, 3).flatten(1, 2)[:, :size]
         grads[2][:, a:z] = _merge(grad_v, size)
         grads[3][:, a:z] = grad_decay.permute(0, 1, 4, 2, 3).flatten(3, 4).flatten(1, 2)[:, :size]
-    grad_initial = grad_state.transpose(2, 3).reshape(rows, heads, width, value_width).clone()
+    grad_initial = (
+        grad_state.transpose(2, 3).reshape(rows, heads, width, value_width).clone(memory_format=torch.contiguous_format)
+    )
     return grads[0], grads[1], grads[2], grads[3], grad_initial
 
 

@@ -50,8 +50,7 @@ def _windows(x: Tensor, state: Tensor, a: int, z: int) -> Tensor:
 @torch.library.custom_op(
     "seqlong::short_conv",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? starts, Tensor state) "
-    "-> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? starts, Tensor state) -> Tensor",
 )
 def _short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, state: Tensor) -> Tensor:
     kept = _working(x)

@@ -86,6 +86,7 @@ class Attention(Mixer):
         self.qkv_proj = nn.Linear(d_model, width, bias=bias)
         self.out_proj = nn.Linear(self.heads * self.head_dim, d_model, bias=bias)
         slopes = torch.tensor(alibi_slopes(heads)) if positions == "alibi" else None
+        self.slopes: Tensor | None
         self.register_buffer("slopes", slopes, persistent=False)
 
     def forward(
@@ -113,9 +114,7 @@ class Attention(Mixer):
             k = torch.cat([state.keys.to(k.dtype), k], dim=1)
             v = torch.cat([state.values.to(v.dtype), v], dim=1)
             query_ids, key_ids, carried = self._identify(layout, state)
-            mixed = attention(
-                q, k, v, window=self.window, query_ids=query_ids, key_ids=key_ids, slopes=self.slopes
-            )
+            mixed = attention(q, k, v, window=self.window, query_ids=query_ids, key_ids=key_ids, slopes=self.slopes)
             after = self._carry(k, v, carried, layout)
         return self.out_proj(mixed.flatten(2)), after
 

@@ -19,7 +19,7 @@ from seqlong.mixers.base import Mixer, MixerState
 
 @dataclass
 class Mamba2State(MixerState):
-    """Shapes: ssm ``(b h k v)`` float32 (k = d_state, v = head_dim), conv ``(b r c)`` the last r = conv_width - 1 inputs."""
+    """Shapes: ssm ``(b h k v)`` float32, k = d_state, v = head_dim; conv ``(b r c)``, the last conv_width - 1 inputs."""
 
     ssm: Float[Tensor, "b h k v"]
     conv: Float[Tensor, "b r c"]
@@ -80,9 +80,9 @@ class Mamba2(Mixer):
         self.d_conv = self.d_inner + 2 * groups * d_state
         self.in_proj = nn.Linear(d_model, self.d_inner + self.d_conv + self.heads, bias=False)
         self.conv1d = nn.Conv1d(self.d_conv, self.d_conv, conv_width, groups=self.d_conv, bias=conv_bias)
-        steps = torch.exp(
-            torch.rand(self.heads) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
-        ).clamp(min=dt_floor)
+        steps = torch.exp(torch.rand(self.heads) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp(
+            min=dt_floor
+        )
         self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(a_min, a_max).log())
         self.D = nn.Parameter(torch.ones(self.heads))

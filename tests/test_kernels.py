@@ -1,0 +1,262 @@
+"""Every op against its float64 definition: outputs, gradients, final states; odd lengths, extremes, poisoned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqlong.kernels import dispatch
+from seqlong.kernels.attention import attention
+from seqlong.kernels.attention import op as attention_op
+from seqlong.kernels.cross_entropy import linear_cross_entropy
+from seqlong.kernels.norm import gated_rms_norm, rms_norm
+from seqlong.kernels.scalar_decay import chunked, scalar_decay
+from seqlong.kernels.scalar_decay.reference import scalar_decay_reference
+from seqlong.kernels.short_conv import op as conv_op
+from seqlong.kernels.short_conv import short_conv
+from seqlong.kernels.short_conv.reference import short_conv_reference
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every uninitialised tensor is full of NaN: an element that is read before it is written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks, blocks and tiles small enough that short rows cross many of them."""
+    monkeypatch.setitem(chunked.SIZES, "cpu", (16, 48))
+    monkeypatch.setattr(conv_op, "TILE", 7)
+    monkeypatch.setattr(attention_op, "BLOCK", 5)
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def agree(found: Iterator[Tensor] | list[Tensor], expected: Iterator[Tensor] | list[Tensor], tol: float) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+
+
+GATES = {
+    "usual": lambda shape: -torch.rand(shape, dtype=torch.float64) * 2,
+    "none": lambda shape: torch.zeros(shape, dtype=torch.float64),
+    "strong": lambda shape: torch.full(shape, -100.0, dtype=torch.float64),
+    "mixed": lambda shape: -(torch.rand(shape, dtype=torch.float64) ** 8) * 1e4,
+}
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(
+    ("rows", "length", "groups", "heads", "width", "value_width"),
+    [(2, 1, 1, 1, 3, 5), (1, 15, 2, 4, 8, 6), (2, 16, 1, 3, 4, 4), (1, 17, 3, 3, 5, 16), (2, 131, 2, 6, 7, 3)],
+)
+def test_scalar_decay(
+    rows: int, length: int, groups: int, heads: int, width: int, value_width: int, gate: str, reverse: bool
+) -> None:
+    q, k = double(rows, length, groups, width), double(rows, length, groups, width)
+    v, state = double(rows, length, heads, value_width), double(rows, heads, width, value_width)
+    g = GATES[gate]((rows, length, heads)).requires_grad_()
+    weigh = torch.randn_like(v), torch.randn_like(state)
+    for starts in (None, torch.rand(rows, length) < 0.1, torch.ones(rows, length, dtype=torch.bool)):
+        results = []
+        for implementation in ("chunked", "reference"):
+            output, final = scalar_decay(
+                q, k, v, g, starts=starts, initial_state=state, reverse=reverse, implementation=implementation
+            )
+            loss = (output * weigh[0]).sum() + (final * weigh[1]).sum()
+            results.append([output, final, *torch.autograd.grad(loss, (q, k, v, g, state))])
+        # Sums of gates of -1e4 within a chunk leave 1e-11 of float64 in the exponent.
+        agree(*results, tol=1e-9 if gate == "mixed" else 1e-11)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_scalar_decay_without_state_and_with_only_one_gradient() -> None:
+    q, k, v, g = double(1, 40, 1, 4), double(1, 40, 1, 4), double(1, 40, 2, 3), GATES["usual"]((1, 40, 2))
+    g.requires_grad_()
+    for pick in (0, 1):
+        found = torch.autograd.grad(scalar_decay(q, k, v, g)[pick].sum(), (q, k, v, g), allow_unused=True)
+        expected = torch.autograd.grad(scalar_decay_reference(q, k, v, g)[pick].sum(), (q, k, v, g), allow_unused=True)
+        expected = [torch.zeros_like(x) if e is None else e for e, x in zip(expected, (q, k, v, g), strict=True)]
+        agree(list(found), expected, tol=1e-11)
+
+
+def test_scalar_decay_gradcheck_is_independent_of_the_reference() -> None:
+    inputs = (
+        double(1, 9, 1, 3),
+        double(1, 9, 1, 3),
+        double(1, 9, 2, 2),
+        -torch.rand(1, 9, 2).double(),
+        double(1, 2, 3, 2),
+    )
+    inputs[3].requires_grad_()
+    starts = torch.tensor([[False] * 4 + [True] + [False] * 4])
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, g, s: scalar_decay(q, k, v, g, starts=starts, initial_state=s), inputs
+    )
+
+
+def test_scalar_decay_in_float32_keeps_its_digits_on_a_long_row() -> None:
+    """Errors relative to float64 on 8,192 tokens, the decay's gradient included, which naive sums lose."""
+    q, k = torch.randn(2, 1, 8192, 1, 16).unbind()
+    v, g = torch.randn(1, 8192, 4, 8), -torch.rand(1, 8192, 4) * torch.tensor([1e-4, 1e-2, 0.1, 3.0])
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v, g)]
+        output, final = scalar_decay(*inputs)
+        grads = torch.autograd.grad(output.square().sum(), inputs)
+        results.append([x.double() for x in (output, final, *grads)])
+    for exact, found in zip(*results, strict=True):
+        assert ((exact - found).norm() / exact.norm()).item() < 2e-5
+
+
+def test_scalar_decay_at_131072_tokens() -> None:
+    """Spot checks against the recurrence: strong decays forget, so the last 2,000 tokens decide a position."""
+    q, k = torch.randn(2, 1, 131072, 1, 4).unbind()
+    v, g = torch.randn(1, 131072, 2, 4), -0.02 - torch.rand(1, 131072, 2)
+    output, final = scalar_decay(q, k, v, g)
+    for position in (0, 63, 64, 1023, 1024, 70001, 131071):
+        near = slice(max(0, position - 2000), position + 1)
+        expected, state = scalar_decay_reference(q[:, near], k[:, near], v[:, near], g[:, near])
+        torch.testing.assert_close(output[:, position], expected[:, -1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(final, state, rtol=1e-4, atol=1e-4)
+
+
+def test_scalar_decay_wants_heads_divisible_by_groups() -> None:
+    with pytest.raises(ValueError, match="3 heads, 2 groups"):
+        scalar_decay(torch.ones(1, 2, 2, 2), torch.ones(1, 2, 2, 2), torch.ones(1, 2, 3, 2), torch.ones(1, 2, 3))
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 30])
+@pytest.mark.parametrize("taps", [2, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_short_conv(length: int, taps: int, bias: bool) -> None:
+    x, weight, state = double(2, length, 5), double(5, taps), double(2, taps - 1, 5)
+    offset = double(5) if bias else None
+    inputs = [y for y in (x, weight, state, offset) if y is not None]
+    for starts in (None, torch.rand(2, length) < 0.3, torch.ones(2, length, dtype=torch.bool)):
+        output, after = short_conv(x, weight, offset, starts=starts, state=state, output_state=True)
+        expected, expected_after = short_conv_reference(x, weight, offset, starts, state)
+        assert after is not None
+        weigh = torch.randn_like(output), torch.randn_like(after)
+        loss = (output * weigh[0]).sum() + (after * weigh[1]).sum()
+        definition = (expected * weigh[0]).sum() + (expected_after * weigh[1]).sum()
+        agree(
+            [output, after, *torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)],
+            [
+                expected,
+                expected_after,
+                *torch.autograd.grad(definition, inputs, allow_unused=True, materialize_grads=True),
+            ],
+            tol=1e-12,
+        )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_gated_rms_norm(groups: int) -> None:
+    x, gate, weight = double(2, 5, 8), double(2, 5, 8), double(8)
+    assert torch.autograd.gradcheck(lambda *a: gated_rms_norm(*a, groups=groups), (x, gate, weight))
+    gated = (x * torch.nn.functional.silu(gate)).unflatten(2, (groups, -1))
+    expected = (gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(2) * weight
+    agree([gated_rms_norm(x, gate, weight, groups)], [expected], tol=1e-12)
+
+
+def test_rms_norm_takes_the_mean_in_float32() -> None:
+    x, weight = 300 * torch.randn(4, 64), torch.rand(64)
+    found = rms_norm(x.half(), weight)  # squares of 300 overflow float16
+    assert found.dtype == torch.float16
+    agree([found.float()], [rms_norm(x.double(), weight.double()).float()], tol=2e-3)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 3, 100])
+def test_linear_cross_entropy(chunk: int) -> None:
+    hidden, weight, bias = double(2, 5, 4), double(7, 4), double(7)
+    targets = torch.randint(0, 7, (2, 5))
+    targets[0, 1] = targets[1, 4] = -1
+    weigh = torch.randn(2, 5, dtype=torch.float64)
+    found = linear_cross_entropy(hidden, weight, targets, bias=bias, chunk=chunk)
+    logits = hidden @ weight.T + bias
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
+    ).view(2, 5)
+    wanted = (hidden, weight, bias)
+    agree(
+        [found, *torch.autograd.grad((found * weigh).sum(), wanted)],
+        [expected, *torch.autograd.grad((expected * weigh).sum(), wanted)],
+        tol=1e-12,
+    )
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: linear_cross_entropy(h, w, targets, bias=b, z_loss=0.1, chunk=chunk), wanted
+    )
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize(("length", "keys"), [(17, 17), (6, 17), (1, 9)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("sloped", [False, True])
+def test_attention(length: int, keys: int, causal: bool, window: int | None, sloped: bool) -> None:
+    q, k, v = double(2, length, 4, 6), double(2, keys, 2, 6), double(2, keys, 2, 3)
+    slopes = torch.rand(4, dtype=torch.float64) if sloped else None
+    weigh = torch.randn(2, length, 4, 3, dtype=torch.float64)
+    ways: list[dict] = [{}]
+    if length == keys:
+        ids = torch.tensor([[1] * 3 + [2] + [3] * 9 + [0] * 4, [1] * 17])
+        spans = [[(0, 3), (3, 4), (4, 13)], [(0, 17)]]
+        ways += [{"query_ids": ids, "key_ids": ids}, {"query_ids": ids, "key_ids": ids, "boundaries": spans}]
+    for way in ways:
+        results = []
+        for implementation in ("reference", None):
+            out = attention(q, k, v, causal=causal, window=window, slopes=slopes, implementation=implementation, **way)
+            assert out.isfinite().all()
+            if way:
+                out = out * (ids > 0)[..., None, None]
+            results.append([out, *torch.autograd.grad((out * weigh).sum(), (q, k, v))])
+        agree(*results, tol=1e-11)
+
+
+def test_attention_memory_is_linear_in_the_row() -> None:
+    """A window over 65,536 tokens: a mask of t² would be 4 GiB in bool alone."""
+    q = torch.randn(1, 65536, 1, 4)
+    out = attention(q, q, q, window=8)
+    expected = attention(q[:, -100:], q[:, -100:], q[:, -100:], window=8)
+    agree([out[:, -50:]], [expected[:, -50:]], tol=1e-5)
+
+
+def test_dispatch_obeys_the_caller_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    offered = {"fast": "it is fast", "slow": "it is right"}
+    assert dispatch.choose("op", offered, "fast") == dispatch.Choice("fast", "it is fast")
+    monkeypatch.setenv("SEQLONG_KERNELS", "slow")
+    assert dispatch.choose("op", offered, "fast").implementation == "slow"
+    assert dispatch.choose("op", offered, "fast", "fast").implementation == "fast"
+    monkeypatch.setenv("SEQLONG_KERNELS", "triton")
+    choice = dispatch.choose("op", offered, "fast")
+    assert choice.implementation == "fast" and "triton is not offered" in choice.reason
+    with pytest.raises(ValueError, match="no implementation 'cuda'; it has fast, slow"):
+        dispatch.choose("op", offered, "fast", "cuda")
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_custom_ops_are_registered_rightly(with_state: bool) -> None:
+    """torch's own checks: schema, fake tensors, autograd registration."""
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    q, k, v, g = (torch.randn(1, 20, *s) for s in ((1, 4), (1, 4), (2, 3), (2,)))
+    state = torch.randn(1, 2, 4, 3) if with_state else None
+    starts = torch.rand(1, 20) < 0.2 if with_state else None
+    needs = [x.requires_grad_() for x in (q, k, v, g)]
+    torch.library.opcheck(chunked.scalar_decay_chunked, (*needs, starts, state), test_utils=checks)
+    x, weight = torch.randn(1, 9, 4, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    torch.library.opcheck(conv_op._short_conv, (x, weight, None, None, torch.zeros(1, 2, 4)), test_utils=checks)
