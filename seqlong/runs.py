@@ -202,9 +202,10 @@ def commit() -> dict[str, Any]:
             ["git", "-C", str(folder), "ls-files", "--error-unmatch", "runs.py"], capture_output=True, timeout=10
         )
         if inside.returncode == 0:
-            run = {"capture_output": True, "text": True, "timeout": 10}
-            found["commit"] = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], **run).stdout.strip()
-            status = subprocess.run(["git", "-C", str(folder), "status", "--porcelain", "-uno"], **run)
+            head = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+            changes = ["git", "-C", str(folder), "status", "--porcelain", "-uno"]
+            found["commit"] = subprocess.run(head, capture_output=True, text=True, timeout=10).stdout.strip()
+            status = subprocess.run(changes, capture_output=True, text=True, timeout=10)
             found["dirty"] = bool(status.stdout.strip())
     except (OSError, subprocess.TimeoutExpired):
         pass

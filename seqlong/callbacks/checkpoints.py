@@ -24,7 +24,13 @@ CONFIG_KEY = "seqlong_config"
 LAST = "last.ckpt"
 _PRIMITIVES = (str, int, float, bool, bytes, type(None), Tensor)
 # Lightning's copies of constructor arguments: objects that weights_only loading refuses; CONFIG_KEY replaces them.
-_DROPPED = ("hyper_parameters", "hparams_name", "hparams_type", "datamodule_hyper_parameters", "datamodule_hparams_name")
+_DROPPED = (
+    "hyper_parameters",
+    "hparams_name",
+    "hparams_type",
+    "datamodule_hyper_parameters",
+    "datamodule_hparams_name",
+)
 
 
 class AtomicCheckpointIO(CheckpointIO):

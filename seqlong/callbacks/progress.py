@@ -41,7 +41,11 @@ class Progress(Callback):
         self._first = (time.monotonic(), trainer.global_step)
         self._shown = time.monotonic()
         if self._console.is_terminal:
-            columns = (TextColumn("[bold]step {task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[text]}"))
+            columns = (
+                TextColumn("[bold]step {task.description}"),
+                BarColumn(bar_width=16),
+                TextColumn("{task.fields[text]}"),
+            )
             self._bar = RichProgress(*columns, console=self._console, transient=False, refresh_per_second=4)
             total = trainer.max_steps if trainer.max_steps > 0 else None
             self._task = self._bar.add_task(self._count(trainer), total=total, text="")

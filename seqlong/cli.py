@@ -1,0 +1,114 @@
+"""The command ``seqlong``: verbs, their help, and errors without tracebacks. Heavy imports wait until a verb runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from seqlong import __version__
+from seqlong.errors import ConfigError, SeqlongError, nearest
+
+#: Verb -> (what it does, an example).
+VERBS = {
+    "fit": ("train", "seqlong fit experiment=dna/demo trainer.max_steps=50"),
+    "validate": ("measure on the validation data", "seqlong validate --ckpt_path best"),
+    "test": ("measure on the test data", "seqlong test --ckpt_path runs/demo-.../checkpoints/last.ckpt"),
+    "predict": ("write predictions into a run folder", "seqlong predict --ckpt_path best data.path=other.fa.gz"),
+    "sweep": (
+        "train once for every combination",
+        "seqlong sweep experiment=dna/demo model.backbone.d_model=64,128 seed=1,2",
+    ),
+    "report": ("write the HTML report of a run again", "seqlong report runs/demo-20260801-120000"),
+    "bench": ("list or run the benchmarks", "seqlong bench"),
+}
+_LIGHTNING = ("fit", "validate", "test", "predict")
+# Flags that stand alone; every other flag may take its value from the next word.
+_ALONE = ("-h", "--help", "--print_config")
+_TAKE_NEXT = ("--ckpt_path", "--config", "-c")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit status: 0 done, 1 a bug of ours, 2 a mistake in what was given,
+    130 interrupted, 143 stopped by a signal with the checkpoint saved."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except SeqlongError as error:
+        rank = os.environ.get("LOCAL_RANK", "0")
+        print(f"{f'[rank {rank}] ' if rank != '0' else ''}{error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split words into Hydra overrides (``key=value``) and flags (``--key=value``, also from ``--key value``).
+
+    Raises:
+        ConfigError: a bare word.
+    """
+    overrides: list[str] = []
+    flags: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            overrides.append(word)
+        elif "=" in word or word in _ALONE:
+            flags.append(word)
+        elif word in _TAKE_NEXT:
+            if not rest:
+                raise ConfigError(f"{word} needs a value, such as {word} {'last' if 'ckpt' in word else 'config.yaml'}")
+            flags.append(f"{word}={rest.pop(0)}")
+        elif rest and not rest[0].startswith("-") and "=" not in rest[0]:
+            flags.append(f"{word}={rest.pop(0)}")
+        else:
+            flags.append(word)
+    return overrides, flags
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        from seqlong.help import overview
+
+        print(overview(VERBS))
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb in ("--version", "-V"):
+        print(f"seqlong {__version__}")
+        return 0
+    if verb not in VERBS:
+        raise ConfigError(f"seqlong has no verb '{verb}'{nearest(verb, VERBS) or '.'} The verbs: {', '.join(VERBS)}")
+    if verb == "report":
+        return _report(rest)
+    if verb == "bench":
+        from seqlong.bench import command
+
+        return int(command(rest) or 0)
+    overrides, flags = split(rest)
+    if any(flag in ("-h", "--help") for flag in flags):
+        from seqlong.help import verb_help
+
+        print(verb_help(verb, overrides, VERBS))
+        return 0
+    if verb == "sweep":
+        from seqlong.sweep import sweep
+
+        return sweep(overrides, flags)
+    from seqlong.launch import launch
+
+    return launch(verb, overrides, flags)
+
+
+def _report(words: list[str]) -> int:
+    if len(words) != 1 or words[0].startswith("-"):
+        print(f"{VERBS['report'][0]}: seqlong report RUN_FOLDER, such as {VERBS['report'][1]}")
+        return 0 if words and words[0] in ("-h", "--help") else 2
+    from pathlib import Path
+
+    from seqlong.report import write_report
+
+    folder = Path(words[0])
+    print(write_report(folder) or folder / "report.html")
+    return 0

@@ -1,0 +1,457 @@
+"""A verb of LightningCLI, from a composed configuration to a finished run folder."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from seqlong import runs
+from seqlong.callbacks import MetricsCsv, PredictionWriter, Preempted, Preemption, TensorBoard
+from seqlong.callbacks.checkpoints import CONFIG_KEY, read_checkpoint
+from seqlong.callbacks.preemption import EXIT_CODE
+from seqlong.compose import Composed, compose, dump, from_dict, from_files, house_path
+from seqlong.errors import CheckpointError, ConfigError, located, nearest
+from seqlong.explain import first_problem
+
+log = logging.getLogger("seqlong")
+
+#: Keys of a LightningCLI configuration.
+TOP_LEVEL = ("seed_everything", "run", "trainer", "model", "data", "ckpt_path", "verbose", "return_predictions")
+VERBS = ("fit", "validate", "test", "predict")
+
+
+class RunSettings:
+    """Where the run folder goes.
+
+    Args:
+        name: of the folder, before the date; ``--ckpt_path last`` looks for runs of this name.
+        root: folder that holds all runs.
+        dir: the run folder itself; null makes root/name-date-time.
+    """
+
+    def __init__(self, name: str = "run", root: str = "runs", dir: str | None = None) -> None:
+        self.name, self.root, self.dir = name, root, dir
+
+
+class SeqlongCLI(LightningCLI):
+    """LightningCLI that writes into a run folder and loads checkpoints of tensors and primitives only."""
+
+    run_dir: Path
+
+    def __init__(self, arguments: list[str], checkpoint: Path | None, continued: bool) -> None:
+        self.checkpoint = checkpoint
+        self.continued = continued
+        self._argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns when there are arguments in both places
+        quiet = {"exit_on_error": False}
+        try:
+            super().__init__(
+                LightningModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                save_config_callback=None,
+                load_from_checkpoint_support=False,
+                parser_kwargs={**quiet, **{verb: dict(quiet) for verb in VERBS}},
+                args=arguments,
+            )
+        finally:
+            sys.argv = self._argv
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {verb: skipped | {"ckpt_path", "weights_only"} for verb, skipped in LightningCLI.subcommands().items()}
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.add_class_arguments(RunSettings, "run")
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        sys.argv = self._argv
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning's would merge constructor arguments of the checkpoint; the configuration is complete."""
+
+    def before_instantiate_classes(self) -> None:
+        verb = str(self.subcommand)
+        settings = self.config[verb]
+        run = settings.run
+        given = os.environ.get(runs.DIRECTORY_VARIABLE)
+        if given:
+            self.run_dir = Path(given)
+        elif self.continued and self.checkpoint is not None:
+            self.run_dir = self.checkpoint.absolute().parent.parent
+        else:
+            name = run.name if verb == "fit" else f"{run.name}-{verb}"
+            self.run_dir = runs.create(run.root, name, run.dir or _shared_folder(run.root, name))
+        os.environ[runs.DIRECTORY_VARIABLE] = str(self.run_dir)  # for the processes that Lightning starts
+        if self.checkpoint is not None:
+            os.environ[runs.CHECKPOINT_VARIABLE] = str(self.checkpoint)
+        if runs.rank() == 0:
+            runs.start(self.run_dir, run.name, resumed_from=self.checkpoint)
+            self._write_config(verb)
+            log.info("run folder %s", _relative(self.run_dir))
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except BaseException as error:
+            if runs.rank() == 0:
+                runs.finish(self.run_dir, "failed", f"{type(error).__name__}: {error}")
+            raise
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing yet: ``execute`` does it, when this object is complete."""
+
+    def execute(self) -> None:
+        """Run the verb."""
+        super()._run_subcommand(str(self.subcommand))
+
+    def _write_config(self, verb: str) -> None:
+        text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="yaml")
+        content = yaml.safe_load(text)[verb]
+        content.get("trainer", {}).pop("default_root_dir", None)
+        content.get("run", {}).update(dir=None)
+        path = self.run_dir / "config.yaml"
+        if path.is_file() and yaml.safe_load(path.read_text()) != content:
+            earlier = len(list(self.run_dir.glob("config-*.yaml"))) + 1
+            path.rename(self.run_dir / f"config-{earlier}.yaml")
+        runs.atomic_write(path, dump(content))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with the run folder as its root and the run folder's loggers."""
+        configured = self._get(self.config_init, "trainer").get("logger")
+        loggers: Any = False
+        if configured is not False:
+            own = [MetricsCsv(self.run_dir / "metrics.csv"), TensorBoard(self.run_dir / "tensorboard")]
+            more = configured if isinstance(configured, list) else [configured]
+            loggers = own + [logger for logger in more if logger not in (None, True)]
+        trainer = super().instantiate_trainer(default_root_dir=str(self.run_dir), logger=loggers, **kwargs)
+        if self.subcommand == "predict":
+            trainer.callbacks.insert(0, PredictionWriter())
+        return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        if self.checkpoint is not None:
+            compare_with_checkpoint(self.model, self.checkpoint)
+        given = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "predict":
+            given["return_predictions"] = False
+        elif subcommand != "fit":
+            given["verbose"] = False  # ours is printed instead
+        checkpoint = str(self.checkpoint) if self.checkpoint else None
+        return {**given, "ckpt_path": checkpoint, "weights_only": True}
+
+
+def launch(verb: str, overrides: Sequence[str], flags: Sequence[str]) -> int:
+    """Run a verb and return the exit status.
+
+    Args:
+        verb: fit, validate, test or predict.
+        overrides: Hydra overrides, ``key=value``.
+        flags: everything that begins with a dash, as ``--key=value``.
+
+    Raises:
+        SeqlongError: a mistake in what the user gave.
+    """
+    set_up_output()
+    checkpoint_flag, config_flags, rest = _take(flags)
+    child = os.environ.get(runs.DIRECTORY_VARIABLE)
+    if child:  # a process that the first one started: exactly its configuration
+        composed = from_files([Path(child) / "config.yaml"])
+        chosen = os.environ.get(runs.CHECKPOINT_VARIABLE)
+        return _run(verb, composed, [], Path(chosen) if chosen else None, continued=False)
+    composed, checkpoint, continued = _choose(verb, overrides, config_flags, checkpoint_flag)
+    try:
+        return _run(verb, composed, rest, checkpoint, continued)
+    finally:
+        os.environ.pop(runs.DIRECTORY_VARIABLE, None)
+        os.environ.pop(runs.CHECKPOINT_VARIABLE, None)
+
+
+def _choose(
+    verb: str, overrides: Sequence[str], config_flags: Sequence[str], wanted: str | None
+) -> tuple[Composed, Path | None, bool]:
+    """The configuration, the checkpoint, and whether the run goes on in the folder of that checkpoint."""
+    described = bool(config_flags) or any(
+        word.startswith(("experiment=", "model=", "data=", "task=")) for word in overrides
+    )
+    composed = None
+    if config_flags:
+        composed = from_files(config_flags, overrides)
+    elif described or wanted is None:
+        composed = compose(overrides)
+    if wanted is None:
+        assert composed is not None
+        if verb != "fit":
+            raise ConfigError(
+                f"seqlong {verb} needs --ckpt_path: a file, 'last' or 'best'. Its configuration is in the checkpoint; "
+                "key=value overrides go on top"
+            )
+        return composed, None, False
+    checkpoint = _resolve_checkpoint(wanted, composed, overrides)
+    if composed is None:
+        stored = read_checkpoint(checkpoint).get(CONFIG_KEY)
+        if not isinstance(stored, dict):
+            raise CheckpointError(f"{checkpoint} holds no configuration; name one with experiment=... or --config FILE")
+        composed = from_dict(stored, overrides)
+    return composed, checkpoint, verb == "fit" and wanted == "last"
+
+
+def _resolve_checkpoint(wanted: str, composed: Composed | None, overrides: Sequence[str]) -> Path:
+    if wanted not in ("last", "best"):
+        path = Path(wanted).expanduser()
+        if not path.is_file():
+            raise CheckpointError(f"there is no checkpoint {wanted}; expected a file, 'last' or 'best'")
+        return path.absolute()
+    settings: dict[str, Any] = dict(composed.house.get("run") or {}) if composed else {}
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if key in ("run.root", "run.name", "run.dir"):
+            settings[key[4:]] = value
+    if settings.get("dir"):
+        run = Path(settings["dir"]).expanduser().absolute()
+        if not (run / "checkpoints" / "last.ckpt").is_file():
+            raise CheckpointError(f"{run} has no checkpoints/last.ckpt to continue from")
+    else:
+        run = runs.newest(settings.get("root", "runs"), settings.get("name"))
+    return run / "checkpoints" / "last.ckpt" if wanted == "last" else runs.best_checkpoint(run)
+
+
+def _run(verb: str, composed: Composed, flags: Sequence[str], checkpoint: Path | None, continued: bool) -> int:
+    config = composed.lightning
+    config.pop("ckpt_path", None)
+    with tempfile.TemporaryDirectory(prefix="seqlong-") as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(dump(config))
+        try:
+            cli = SeqlongCLI([verb, "--config", str(path), *flags], checkpoint, continued)
+        except argparse.ArgumentError as error:
+            raise _explain(error, composed, config) from error
+    try:
+        cli.execute()
+    except Preempted:
+        return _ended(verb, cli, "stopped", None, EXIT_CODE)
+    except KeyboardInterrupt:
+        return _ended(verb, cli, "stopped", "KeyboardInterrupt", 130)
+    except SystemExit:  # Lightning's answer to Ctrl-C
+        return _ended(verb, cli, "stopped", "KeyboardInterrupt", 130)
+    except BaseException as error:
+        translated = _translated(error)
+        _ended(verb, cli, "failed", f"{type(translated).__name__}: {translated}", 1)
+        if translated is error:
+            raise
+        raise translated from error
+    preempted = any(isinstance(c, Preemption) and c.reason for c in cli.trainer.callbacks)
+    return _ended(verb, cli, "stopped" if preempted else "finished", None, EXIT_CODE if preempted else 0)
+
+
+def _ended(verb: str, cli: SeqlongCLI, status: str, error: str | None, code: int) -> int:
+    """Close the run folder: status, report, last words. Returns the exit status of this process."""
+    folder, launcher = cli.run_dir, cli.trainer.strategy.launcher
+    if runs.rank() == 0:
+        runs.finish(folder, status, error)
+        if verb == "fit":
+            _write_report(folder)
+        elif status == "finished":
+            _print_metrics(cli.trainer)
+        log.info("%s: %s", status, _relative(folder))
+        if status == "stopped" and verb == "fit":
+            log.info("continue with --ckpt_path last")
+    if status == "failed" and isinstance(launcher, _SubprocessScriptLauncher):
+        for process in launcher.procs:  # they may wait for this one in a collective
+            process.kill()
+    # Lightning kills the first process when it sees that one it started has failed; only the first says 143.
+    started_by_us = isinstance(launcher, _SubprocessScriptLauncher) and runs.rank() != 0 and not launcher.procs
+    return 0 if started_by_us and code == EXIT_CODE else code
+
+
+def _write_report(folder: Path) -> None:
+    try:
+        from seqlong.report import write_report
+
+        log.info("report %s", _relative(Path(write_report(folder) or folder / "report.html")))
+    except Exception as error:  # a report that fails must not hide what the run itself has to say
+        log.warning("no report: %s: %s", type(error).__name__, error)
+        log.debug("%s", traceback.format_exc())
+
+
+def _print_metrics(trainer: Trainer) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", "value")
+    for name, value in sorted(trainer.callback_metrics.items()):
+        table.add_row(name, f"{float(value):.6g}")
+    if table.row_count:
+        Console().print(table)
+
+
+# --- checkpoints and errors ------------------------------------------------------------------------------------------
+
+
+def compare_with_checkpoint(model: LightningModule, path: Path, shown: int = 6) -> None:
+    """Raise a CheckpointError unless the checkpoint has exactly the model's tensors, each of its shape."""
+    ours = model.state_dict()
+    if not ours:  # built later, by configure_model
+        return
+    theirs = read_checkpoint(path)["state_dict"]
+    missing = [name for name in ours if name not in theirs]
+    unexpected = [name for name in theirs if name not in ours]
+    shapes = [
+        f"{name}: {tuple(theirs[name].shape)} in the checkpoint, {tuple(ours[name].shape)} in the model"
+        for name in ours
+        if name in theirs and tuple(ours[name].shape) != tuple(theirs[name].shape)
+    ]
+    lines = []
+    for title, names in (
+        ("not in the checkpoint", missing),
+        ("not in the model", unexpected),
+        ("of another shape", shapes),
+    ):
+        if names:
+            more = [f"    and {len(names) - shown} more"] if len(names) > shown else []
+            lines += [f"  {len(names)} {title}:", *(f"    {name}" for name in names[:shown]), *more]
+    if lines:
+        raise CheckpointError(
+            "\n".join(
+                [
+                    f"{path} is of another architecture than this configuration:",
+                    *lines,
+                    "Leave out the settings of the model (the checkpoint holds its own), or train a new one without "
+                    "--ckpt_path",
+                ]
+            )
+        )
+
+
+def _translated(error: BaseException) -> BaseException:
+    """Lightning's way of saying what the user can mend, in our words."""
+    text = str(error)
+    if "Error(s) in loading state_dict" in text:
+        lines = [line.strip() for line in text.splitlines()[1:6]]
+        return CheckpointError("the checkpoint does not fit the model:\n  " + "\n  ".join(lines))
+    if type(error).__name__ == "MisconfigurationException":
+        return ConfigError(" ".join(text.split()))
+    return error
+
+
+def _explain(error: argparse.ArgumentError, composed: Composed, config: dict[str, Any]) -> ConfigError:
+    """One sentence instead of jsonargparse's list of all alternatives of all unions."""
+    text = str(error)
+    if found := re.search(r"[Uu]nrecognized arguments?: (\S+)", text):
+        name = found.group(1).lstrip("-").partition("=")[0]
+        from lightning.pytorch.cli import LightningArgumentParser
+
+        parser = LightningArgumentParser()
+        parser.add_lightning_class_args(Trainer, "trainer")
+        names = [action.dest for action in parser._actions] + ["ckpt_path", "config", "print_config"]
+        return ConfigError(f"--{name} is no flag{nearest(name, names) or '; see seqlong fit --help'}")
+    problem = first_problem(config, TOP_LEVEL)
+    if problem is None:
+        lines = [line.strip() for line in text.splitlines() if line.strip() and "Given value" not in line]
+        return ConfigError(lines[0] + (": " + lines[-1] if len(lines) > 1 else ""))
+    name = ".".join(str(part) for part in house_path(problem.path, config))
+    message = f"{name} {problem.message}"
+    if problem.meant is not None and (place := composed.where(problem.meant)):
+        message += f" It is set in {place[0]}:{place[1]}"
+    elif problem.meant is None and len(problem.path) > 1 and (place := composed.where(problem.path[:-1])):
+        message += f" ({place[0]}:{place[1]})" if name in composed.overrides else ""
+    given = next((line for key, line in composed.overrides.items() if key.lstrip("+") == name), None)
+    if given is not None:
+        return ConfigError(f"{message} (given on the command line: {given})")
+    place = composed.where(problem.path)
+    return ConfigError(located(place[0], place[1], message) if place else message)
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+_HARMLESS = (
+    ".*does not have many workers.*",
+    ".*LeafSpec.*",
+    ".*ended before the epoch ended.*",  # the data module starts where training stopped
+    ".*smaller than the logging interval.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*no `val_dataloader`.*",
+    ".*srun.*",
+    ".*sync_dist=True.*",
+    ".*GPU available but not used.*",
+    ".*lr_scheduler.step\\(\\).*before.*optimizer.step.*",  # after a step that FiniteGuard skipped
+    ".*torch.distributed.*barrier.*device.*",
+)
+
+
+def set_up_output() -> None:
+    """One clean line for what matters; Lightning's tips and facts are left out."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for pattern in _HARMLESS:
+        warnings.filterwarnings("ignore", message=pattern)
+    warnings.showwarning = _show_warning
+    logger = logging.getLogger("seqlong")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.INFO if runs.rank() == 0 else logging.ERROR)
+    torch.set_float32_matmul_precision("high")
+
+
+def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    if runs.rank() == 0:
+        print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)
+
+
+def _relative(path: Path) -> Path:
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+def _take(flags: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
+    """Split flags into the value of --ckpt_path, those of --config, and the rest."""
+    checkpoint, configs, rest = None, [], []
+    for flag in flags:
+        name, _, value = flag.partition("=")
+        if name == "--ckpt_path":
+            checkpoint = value or None
+        elif name in ("--config", "-c"):
+            configs.append(value)
+        else:
+            rest.append(flag)
+    return checkpoint, configs, rest
+
+
+def _shared_folder(root: str, name: str) -> str | None:
+    """The folder of a run whose processes were all started from outside (torchrun, srun): they must agree on it."""
+    launched = os.environ.get("SLURM_JOB_ID") if "SLURM_PROCID" in os.environ else os.environ.get("TORCHELASTIC_RUN_ID")
+    world = os.environ.get("SLURM_NTASKS") if "SLURM_PROCID" in os.environ else os.environ.get("WORLD_SIZE")
+    if (
+        not (world or "").isdigit()
+        or int(world or 1) < 2
+        or (os.environ.get("LOCAL_RANK") is None and launched is None)
+    ):
+        return None
+    if not launched or launched == "none":
+        raise ConfigError(
+            f"{world} processes were started from outside and cannot agree on a run folder by themselves. Give one: "
+            "run.dir=runs/my-run"
+        )
+    return str(Path(root) / f"{name}-job{launched}")
