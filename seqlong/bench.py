@@ -67,10 +67,10 @@ class Row:
 
     name: str
     metric: str
-    value: float
+    value: float | int
     unit: str
     peer: str | None = None
-    peer_value: float | None = None
+    peer_value: float | int | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -298,7 +298,7 @@ def table(saved: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def format_value(value: float) -> str:
+def format_value(value: float | int) -> str:
     """Three or four digits: ``0.00123``, ``1.234``, ``123.4``, ``1,234``, ``123 k``."""
     if value == 0 or abs(value) >= 1e5:
         return count(value)

@@ -155,11 +155,7 @@ def data_section(record: RunRecord) -> Html | None:
     intervals = split_intervals(record.data.get("split"))
     if intervals:
         children.append(_split_table(intervals))
-        split = record.data["split"] if isinstance(record.data["split"], dict) else {}
-        how = {key: value for key, value in split.items() if isinstance(value, str | int | float)}
-        if how:
-            said = ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in how.items())
-            children.append(tag("p", f"Split by {said.removeprefix('kind ')}.", attributes={"class": "note"}))
+        children.append(tag("p", _split_how(record.data["split"]), attributes={"class": "note"}))
         children.append(_contig_bars(intervals, _contig_lengths(record.data)))
     elif record.data.get("split"):
         children.append(_folded("Split", json.dumps(record.data["split"], indent=2, ensure_ascii=False)))
@@ -203,6 +199,19 @@ def split_intervals(split: Any) -> list[tuple[str, str, int, int]]:
             return []
         found.append((str(label), str(contig), start, stop))
     return found
+
+
+def _split_how(split: Any) -> str:
+    """The settings that made a split, as a sentence; empty when data.json does not say."""
+    if not isinstance(split, dict) or "kind" not in split:
+        return ""
+    said = []
+    for key, value in split.items():
+        if isinstance(value, list) and 0 < len(value) <= 8 and all(isinstance(one, str) for one in value):
+            value = ", ".join(value)
+        if key != "kind" and isinstance(value, str | int | float):
+            said.append(f"{key.replace('_', ' ')} {_number(value)}")
+    return f"Split {split['kind']}{': ' if said else ''}{'; '.join(said)}."
 
 
 def _split_table(intervals: list[tuple[str, str, int, int]]) -> Html:
@@ -281,7 +290,7 @@ def _contig_bars(intervals: list[tuple[str, str, int, int]], lengths: dict[str, 
     return Html(div("contigs", *cells) + div("legend", *legend) + text.escape(more))
 
 
-def _binned(given: list[tuple[str, int, int]], size: int) -> list[tuple[str, float, float]]:
+def _binned(given: list[tuple[str, int, int]], size: int) -> list[tuple[str, float | int, float | int]]:
     """``(part, first, last)`` in bins of the bar. Few intervals keep their exact ends; many are merged bin by bin."""
     if len(given) <= _BINS // 2:
         return [(part, round(_BINS * start / size, 2), round(_BINS * stop / size, 2)) for part, start, stop in given]
@@ -291,7 +300,7 @@ def _binned(given: list[tuple[str, int, int]], size: int) -> list[tuple[str, flo
         for slot in range(first, last + 1):
             inside = min(stop, (slot + 1) * size // _BINS) - max(start, slot * size // _BINS)
             cover[slot][part] += max(inside, 0)
-    merged: list[tuple[str, float, float]] = []
+    merged: list[tuple[str, float | int, float | int]] = []
     for slot, counts in enumerate(cover):
         if not counts:
             continue
@@ -391,7 +400,7 @@ def _folded(title: str, content: str) -> Html:
     return tag("details", tag("summary", title), tag("pre", content))
 
 
-def _last(value: float | None) -> str:
+def _last(value: float | int | None) -> str:
     return "not finite" if value is None else f"{value:,.0f}" if abs(value) >= 1e6 else f"{value:.6g}"
 
 

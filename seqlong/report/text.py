@@ -37,7 +37,7 @@ def span(class_: str, *children: object) -> Html:
     return tag("span", *children, attributes={"class": class_})
 
 
-def count(number: float) -> str:
+def count(number: float | int) -> str:
     """``1234567`` as ``1.23 M``; below 10,000 in full with thousands separated."""
     if not math.isfinite(number):
         return str(number)
@@ -48,7 +48,7 @@ def count(number: float) -> str:
     return f"{number:,.0f}" if number == int(number) or abs(number) >= 100 else f"{number:.3g}"
 
 
-def words_count(number: float) -> str:
+def words_count(number: float | int) -> str:
     """``1234567`` as ``1.23 million``, for sentences."""
     for limit, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
         if abs(number) >= limit * 0.99995:
@@ -56,7 +56,7 @@ def words_count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def _three_digits(value: float) -> str:
+def _three_digits(value: float | int) -> str:
     places = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
     text = f"{value:.{places}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
@@ -67,12 +67,12 @@ def exact(number: int) -> str:
     return f"{number:,}"
 
 
-def bits(value: float) -> str:
+def bits(value: float | int) -> str:
     """Bits per base with three decimals, as the field prints them."""
     return f"{value:.3f}"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """``754`` as ``12 min 34 s``."""
     if seconds < 0 or not math.isfinite(seconds):
         return "unknown"
@@ -91,12 +91,12 @@ def duration(seconds: float) -> str:
     return f"{days} d {hours} h" if hours else f"{days} d"
 
 
-def gibibytes(value: float) -> str:
+def gibibytes(value: float | int) -> str:
     """GiB as ``3.1 GiB``, or MiB below a tenth."""
     return f"{value * 1024:.0f} MiB" if value < 0.1 else f"{value:.2f} GiB" if value < 10 else f"{value:.1f} GiB"
 
 
-def moment(unix_seconds: float) -> str:
+def moment(unix_seconds: float | int) -> str:
     """``22 November 2026, 13:21 UTC``."""
     when = datetime.fromtimestamp(unix_seconds, UTC)
     return f"{when.day} {when:%B %Y, %H:%M} UTC"
