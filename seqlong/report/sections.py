@@ -140,7 +140,7 @@ def data_section(record: RunRecord) -> Html | None:
     if not record.data:
         return None
     children: list[object] = []
-    sources = [source for source in record.data.get("sources") or [] if isinstance(source, dict)]
+    sources = _records(record.data.get("sources"))
     if sources:
         rows = [
             [
@@ -159,13 +159,14 @@ def data_section(record: RunRecord) -> Html | None:
         children.append(_contig_bars(intervals, _contig_lengths(record.data)))
     elif record.data.get("split"):
         children.append(_folded("Split", json.dumps(record.data["split"], indent=2, ensure_ascii=False)))
-    stages = [stage for stage in record.data.get("stages") or [] if isinstance(stage, dict)]
+    stages = _records(record.data.get("stages"))
     if stages:
         keys = list(dict.fromkeys(key for stage in stages for key in stage))
         rows = [["to the end" if stage.get(key) is None else _number(stage[key]) for key in keys] for stage in stages]
         heads = [key.replace("_", " ").capitalize() for key in keys]
         children.append(_table(heads, rows, numeric=set(range(1, len(keys)))))
-    for note in record.data.get("notes") or []:
+    notes = record.data.get("notes")
+    for note in notes if isinstance(notes, list) else []:
         children.append(tag("p", note, attributes={"class": "note"}))
     return section("data", "What it was trained on", str(record.data.get("title") or ""), *children)
 
@@ -240,7 +241,7 @@ def _part_colour(part: str, parts: list[str]) -> int:
 def _contig_lengths(data: dict[str, Any]) -> dict[str, int]:
     """Lengths where data.json names them; a bar otherwise ends with its last interval."""
     lengths: dict[str, int] = {}
-    sources = [source for source in data.get("sources") or [] if isinstance(source, dict)]
+    sources = _records(data.get("sources"))
     for many in [data.get("contigs"), *(source.get("contigs") for source in sources)]:
         if isinstance(many, dict):
             lengths.update({str(name): size for name, size in many.items() if isinstance(size, int)})
@@ -358,6 +359,11 @@ def making_section(record: RunRecord) -> Html:
     return section("making", "How it was made", "", *children)
 
 
+def _records(value: Any) -> list[dict[str, Any]]:
+    """The objects of a list; empty for anything else."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
 def _devices(gpu: Any) -> list[str]:
     """``["8 x NVIDIA H100", ...]`` of one name or a list of them."""
     names = Counter(str(one) for one in (gpu if isinstance(gpu, list) else [gpu] if gpu else []))
@@ -366,7 +372,7 @@ def _devices(gpu: Any) -> list[str]:
 
 def _history(run: dict[str, Any]) -> Html | None:
     """The earlier sittings of a run that was continued in the same folder."""
-    earlier = [leg for leg in run.get("history") or [] if isinstance(leg, dict)]
+    earlier = _records(run.get("history"))
     lines = []
     for leg in earlier:
         ended = unix_seconds(leg.get("ended"))
