@@ -1,0 +1,1 @@
+"""Bytes in, SequenceBatch out. Nothing here knows of models."""

@@ -1,0 +1,1 @@
+"""DNA: genomes from FASTA or GenBank, as windows of token ids."""
