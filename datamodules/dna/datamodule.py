@@ -141,9 +141,7 @@ class GenomeData(LightningDataModule):
 
     def evaluation_windows(self, split: Literal["validation", "test"]) -> EvaluationWindows:
         """The rows that evaluate ``split``."""
-        return EvaluationWindows(
-            self.genome, self.split.regions[split], self.eval_length, self.short_records, split
-        )
+        return EvaluationWindows(self.genome, self.split.regions[split], self.eval_length, self.short_records, split)
 
     def describe(self) -> dict[str, object]:
         """Everything about the data that a reader of the results needs, JSON-able."""
@@ -185,8 +183,8 @@ class GenomeData(LightningDataModule):
     def _notes(self) -> list[str]:
         notes = [
             "Unknown bases (N and other IUPAC codes) are read as N and never predicted: loss weight 0.",
-            f"Soft-masked (lower-case) bases weigh {self.soft_mask_weight} in the training loss. Evaluation counts every "
-            "known base once, with weight 1.",
+            f"Soft-masked (lower-case) bases weigh {self.soft_mask_weight} in the training loss. Evaluation counts "
+            "every known base once, with weight 1.",
             f"Training windows are reverse-complemented with probability {self.reverse_complement}. Evaluation reads "
             "the forward strand.",
         ]
@@ -275,7 +273,8 @@ class GenomeData(LightningDataModule):
         """``{"consumed_batches": int}``: batches trained on, not fetched, since training began."""
         if self.trainer is None:
             return {"consumed_batches": self._start}
-        return {"consumed_batches": int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]}
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return {"consumed_batches": progress.processed}  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on after that many batches."""
@@ -308,9 +307,7 @@ class _TrainingBatches(Dataset[SequenceBatch]):
 
     def __getitem__(self, request: BatchRequest) -> SequenceBatch:
         rows = self._windows[request.stage].rows(request)
-        return assemble(
-            self._genome, rows, request.length, self._targets, self._soft_mask_weight, request.samples
-        )
+        return assemble(self._genome, rows, request.length, self._targets, self._soft_mask_weight, request.samples)
 
 
 class _EvaluationBatches(Dataset[SequenceBatch]):

@@ -350,6 +350,6 @@ def _check_disjoint(genome: Genome, parts: Mapping[str, Parts]) -> None:
             if next_start < stop:
                 label = genome.contigs[contig].name
                 raise DataError(
-                    f"split: {name} {label}:{start:,}-{stop:,} overlaps {next_name} {label}:{next_start:,}-{next_stop:,};"
-                    " make the regions of different splits disjoint"
+                    f"split: {name} {label}:{start:,}-{stop:,} overlaps {next_name} "
+                    f"{label}:{next_start:,}-{next_stop:,}; make the regions of different splits disjoint"
                 )
