@@ -32,7 +32,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": UNDER_TASKS | {"optim", "callbacks"},
     "configs": set(),
 }
-TOP = {"bench", "cli", "compose", "config_files", "convert", "inference", "report", "runs_command", "sweep"}
+TOP = {
+    "bench",
+    "cli",
+    "compose",
+    "config_files",
+    "convert",
+    "doctor",
+    "explain",
+    "help",
+    "inference",
+    "launch",
+    "plan",
+    "report",
+    "sweep",
+}
 
 
 def python_files() -> list[Path]:

@@ -42,8 +42,17 @@ MODEL = {
     "blocks": BLOCKS,
 }
 DATA = {
-    "title": "E. coli K-12",
-    "sources": [{"path": "ecoli.fa.gz", "digest": "sha256:abc", "contigs": 1, "bases": 4_639_675}],
+    "title": "E. coli K-12: 4,639,675 bases in 1 contig",
+    "sources": [
+        {
+            "path": "ecoli.fa.gz",
+            "digest": "sha256:abc",
+            "contigs": 1,
+            "bases": 4_639_675,
+            "soft_masked": 463_967,
+            "records": [{"name": "chr", "length": 4_639_675}],
+        }
+    ],
     "split": {
         "kind": "by blocks",
         "gap_bases": 1000,
@@ -139,7 +148,15 @@ def test_a_finished_run_says_what_how_and_how_well(tmp_path: Path) -> None:
     assert "2.000 uniform" in shown and "1.933 Markov, order 6" in shown, "the lines of the chart are named"
     for fact in ("6 min 12 s", "61 k/s", "3.10 GiB", "8,192", "1.6 training passes", "1 step skipped for a non-finite"):
         assert fact in shown
-    for fact in ("4,639,675", "sha256:abc", "Split by blocks: gap bases 1,000.", "4,000,000", "93.0 %"):
+    for fact in (
+        "4,639,675",
+        "sha256:abc",
+        "Split by blocks: gap bases 1,000.",
+        "4,000,000",
+        "93.0 %",
+        "10.0 %",
+        "4.64 Mb",
+    ):
         assert fact in shown
     for fact in (
         "seqlong fit experiment=dna/demo",
@@ -307,7 +324,16 @@ def test_split_shapes_are_understood(split: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "split", [None, {}, [], {"train": "a.fa"}, {"train": ["a.fa"]}, {"regions": {"train": [["c", 0, "x"]]}}]
+    "split",
+    [
+        None,
+        {},
+        [],
+        {"train": "a.fa"},
+        {"train": ["a.fa"]},
+        {"train": [["c", 0, 5], "a.fa"]},
+        {"regions": {"train": [["c", 0, "x"]]}},
+    ],
 )
 def test_other_splits_draw_no_bars(split: object) -> None:
     assert sections.split_intervals(split) == []
@@ -326,6 +352,14 @@ def test_many_intervals_merge_into_few_rectangles_of_the_right_share() -> None:
         ("train", 0, sections._BINS / 2),
         ("test", sections._BINS / 2, sections._BINS),
     ]
+
+
+def test_an_interval_past_the_origin_of_a_circular_contig_goes_on_at_its_start() -> None:
+    bar = sections._contig_bars([("train", "c", 600, 1200), ("test", "c", 300, 500)], {"c": 1000})
+    drawn = re.findall(r'class="s(\d)" x="([\d.]+)" y="0" width="([\d.]+)"', bar)
+    shares = {(int(part), float(x) / sections._BINS, float(width) / sections._BINS) for part, x, width in drawn}
+    assert shares == {(0, 0.6, 0.4), (0, 0.0, 0.2), (2, 0.3, 0.2)}
+    assert "1,000b" in bar
 
 
 def test_a_drawn_line_keeps_its_spikes_and_is_short() -> None:

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from seqlong.report import text, words
@@ -131,8 +132,10 @@ def _head_name(head: Any) -> str:
     return f"head: {head}" if isinstance(head, str) and head and len(head) < 24 else "head"
 
 
-def _share(part: int, total: Any) -> str:
-    return f"{100 * part / total:.1f} %" if isinstance(total, int) and total else ""
+def _share(part: Any, total: Any) -> str:
+    if not isinstance(part, int) or not isinstance(total, int) or not total:
+        return ""
+    return f"{100 * part / total:.1f} %" if part else "none"
 
 
 def data_section(record: RunRecord) -> Html | None:
@@ -142,16 +145,19 @@ def data_section(record: RunRecord) -> Html | None:
     children: list[object] = []
     sources = _records(record.data.get("sources"))
     if sources:
+        heads = ["Source", "Contigs", "Bases", "Unknown", "Soft-masked", "Digest"]
         rows = [
             [
-                tag("code", source.get("path", "")),
+                tag("code", Path(str(source.get("path", ""))).name, attributes={"title": source.get("path")}),
                 _number(source.get("contigs")),
                 _number(source.get("bases")),
+                _share(source.get("unknown"), source.get("bases")),
+                _share(source.get("soft_masked"), source.get("bases")),
                 tag("code", str(source.get("digest", ""))[:23], attributes={"title": source.get("digest")}),
             ]
             for source in sources
         ]
-        children.append(div("scroll", _table(["Source", "Contigs", "Bases", "Digest"], rows, numeric={1, 2})))
+        children.append(div("scroll", _table(heads, rows, numeric={1, 2, 3, 4})))
     intervals = split_intervals(record.data.get("split"))
     if intervals:
         children.append(_split_table(intervals))
@@ -168,7 +174,8 @@ def data_section(record: RunRecord) -> Html | None:
     notes = record.data.get("notes")
     for note in notes if isinstance(notes, list) else []:
         children.append(tag("p", note, attributes={"class": "note"}))
-    return section("data", "What it was trained on", str(record.data.get("title") or ""), *children)
+    title = "" if sources else str(record.data.get("title") or "")  # which repeats what the table says
+    return section("data", "What it was trained on", title, *children)
 
 
 def split_intervals(split: Any) -> list[tuple[str, str, int, int]]:
@@ -242,7 +249,8 @@ def _contig_lengths(data: dict[str, Any]) -> dict[str, int]:
     """Lengths where data.json names them; a bar otherwise ends with its last interval."""
     lengths: dict[str, int] = {}
     sources = _records(data.get("sources"))
-    for many in [data.get("contigs"), *(source.get("contigs") for source in sources)]:
+    named = [source.get("records", source.get("contigs")) for source in sources]
+    for many in [data.get("contigs"), *named]:
         if isinstance(many, dict):
             lengths.update({str(name): size for name, size in many.items() if isinstance(size, int)})
         elif isinstance(many, list):
@@ -257,20 +265,24 @@ def _contig_lengths(data: dict[str, Any]) -> dict[str, int]:
 def _contig_bars(intervals: list[tuple[str, str, int, int]], lengths: dict[str, int]) -> Html:
     by_contig: defaultdict[str, list[tuple[str, int, int]]] = defaultdict(list)
     for part, contig, start, stop in intervals:
-        by_contig[contig].append((part, start, stop))
+        end = lengths.get(contig, stop)
+        by_contig[contig].append((part, start, min(stop, end)))
+        if stop > end:  # a circular contig, past its origin
+            by_contig[contig].append((part, 0, stop - end))
     only = lengths.get("", 0) if len(by_contig) == 1 else 0
     sizes = {
-        contig: max(lengths.get(contig, only), *(stop for _, _, stop in given)) for contig, given in by_contig.items()
+        contig: max(lengths.get(contig, only), *(stop for _, _, stop in given), 1)
+        for contig, given in by_contig.items()
     }
-    ranked = sorted(sizes, key=lambda contig: -sizes[contig])
-    shown = [contig for contig in by_contig if contig in set(ranked[:_CONTIGS_SHOWN])]  # in the order of the file
+    largest = set(sorted(sizes, key=lambda contig: -sizes[contig])[:_CONTIGS_SHOWN])
+    shown = [contig for contig in by_contig if contig in largest]  # in the order of the file
     longest = max(sizes.values())
     parts = list(dict.fromkeys(part for part, *_ in intervals))
     cells: list[object] = []
     for contig in shown:
         width = max(100 * sizes[contig] / longest, 0.5)
         drawing = "".join(
-            f'<rect class="s{_part_colour(part, parts)}" x="{start}" y="0" width="{stop - start}" height="1">'
+            f'<rect class="s{_part_colour(part, parts)}" x="{start}" y="0" width="{stop - start:g}" height="1">'
             f"<title>{text.escape(part)}</title></rect>"
             for part, start, stop in _binned(by_contig[contig], sizes[contig])
         )

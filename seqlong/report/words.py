@@ -52,7 +52,7 @@ def blocks(record: RunRecord) -> list[dict[str, Any]]:
 def lead(record: RunRecord) -> str:
     """One sentence: what was trained, on what, for how long."""
     what = model_phrase(record)
-    title = str(record.data.get("title") or "").strip()
+    title = str(record.data.get("title") or "").partition(": ")[0].strip()  # what follows the colon are its sizes
     on = f" trained on {title}" if title else ", trained on data that this run did not record"
     steps = record.steps
     if not len(record.series("train/bits")) and not len(record.series("train/loss")):
