@@ -81,11 +81,13 @@ def _merge(x: Tensor, length: int) -> Tensor:
 def _entry_states(block: _Block, state: Tensor) -> tuple[Tensor, Tensor]:
     """States (b n g k r v) at the entry of every chunk, and the one after the last."""
     update = (block.k.mT @ (block.v * block.leave).flatten(4)).unflatten(4, block.v.shape[4:])
-    entries = torch.empty(update.shape, dtype=state.dtype, device=state.device)
-    for n in range(update.shape[1]):
-        entries[:, n] = state
-        state = torch.addcmul(update[:, n].to(state.dtype), state, block.carry[:, n])
-    return entries, state
+    rows, chunks = update.shape[:2]
+    states = torch.empty(rows, chunks + 1, *update.shape[2:], dtype=state.dtype, device=state.device)
+    states[:, 0] = state
+    update = update.to(state.dtype)
+    for n in range(chunks):
+        torch.addcmul(update[:, n], states[:, n], block.carry[:, n], out=states[:, n + 1])
+    return states[:, :-1], states[:, -1]
 
 
 def _forward_block(block: _Block, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,10 +108,12 @@ def _backward_block(
     entries, _ = _entry_states(block, entry)
     entering = (grad_output * enter).to(work)
     source = (q.mT @ entering.flatten(4)).unflatten(4, tail).to(kept)
-    grad_exits = torch.empty_like(entries)
-    for n in reversed(range(source.shape[1])):
-        grad_exits[:, n] = grad_state
-        grad_state = torch.addcmul(source[:, n], grad_state, carry[:, n])
+    chunks = source.shape[1]
+    grad_states = source.new_empty(source.shape[0], chunks + 1, *source.shape[2:])
+    grad_states[:, -1] = grad_state
+    for n in reversed(range(chunks)):
+        torch.addcmul(source[:, n], grad_states[:, n + 1], carry[:, n], out=grad_states[:, n])
+    grad_exits, grad_state = grad_states[:, 1:], grad_states[:, 0]
 
     # Across chunks.
     exits_flat, entries_flat = grad_exits.to(work).flatten(4), entries.to(work).flatten(4)

@@ -122,7 +122,7 @@ class Mamba2(Mixer):
             starts=layout.starts,
             initial_state=None if state is None else state.ssm,
         )
-        y = (y + self.D.to(y.dtype)[:, None] * x).flatten(2)
+        y = torch.addcmul(y, x, self.D.to(y.dtype)[:, None]).flatten(2)
         y = gated_rms_norm(y, z, self.norm.weight, self.groups, self.norm_eps)
         return self.out_proj(y), None if state is None or conv is None else Mamba2State(ssm, conv)
 
