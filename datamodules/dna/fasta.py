@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 from seqlong.datamodules.dna.alphabet import LEGAL
 from seqlong.datamodules.dna.source import CHUNK, illegal_letters
@@ -33,7 +33,7 @@ class Header:
     circular: bool = False
 
 
-def read_fasta(file: BinaryIO, path: Path, chunk: int = CHUNK) -> Iterator[Header | bytes]:
+def read_fasta(file: BufferedIOBase, path: Path, chunk: int = CHUNK) -> Iterator[Header | bytes]:
     """Yield each record's `Header` and then its bases, in pieces, without blanks.
 
     Args:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import re
 import warnings
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 from Bio import BiopythonParserWarning
 from Bio.GenBank.Scanner import GenBankScanner
@@ -25,19 +24,19 @@ _BROKEN = re.compile(r"Premature end|Expected sequence length|Attempting to pars
 class _Lines:
     """A text handle that knows which line it has reached."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._text = io.TextIOWrapper(file, encoding="latin-1")
+    def __init__(self, file: BufferedIOBase) -> None:
+        self._file = file
         self.number = 0
 
     def readline(self) -> str:
         self.number += 1
-        return self._text.readline()
+        return self._file.readline().decode("latin-1").replace("\r\n", "\n")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.readline, "")
 
 
-def read_genbank(file: BinaryIO, path: Path) -> Iterator[Header | bytes]:
+def read_genbank(file: BufferedIOBase, path: Path) -> Iterator[Header | bytes]:
     """Yield each record's `Header`, with the topology of its LOCUS line, and then its bases in upper case.
 
     GenBank writes sequences in lower case, which says nothing of repeats there.

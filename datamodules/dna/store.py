@@ -220,7 +220,7 @@ def _build(source: Path, stem: Path) -> list[dict[str, Any]]:
         sha = hashlib.sha512()
         for item in read_sequences(source, progress):
             if isinstance(item, Header):
-                _close(contigs, total, sha)
+                _close(contigs, total, sha.digest())
                 sha = hashlib.sha512()
                 contigs.append(
                     {"name": item.name, "offset": total, "circular": item.circular, "unknown": 0, "soft_masked": 0}
@@ -231,17 +231,17 @@ def _build(source: Path, stem: Path) -> list[dict[str, Any]]:
             total += len(item)
             contigs[-1]["unknown"] += len(item.translate(None, delete=_NOT_UNKNOWN))
             contigs[-1]["soft_masked"] += len(item.translate(None, delete=_NOT_LOWER))
-        _close(contigs, total, sha)
+        _close(contigs, total, sha.digest())
     index = {"format": _FORMAT, "source": source.name, "bases": total, "contigs": contigs}
     with atomic_write(_with(stem, ".json")) as file:
         file.write(json.dumps(index).encode())
     return contigs
 
 
-def _close(contigs: list[dict[str, Any]], total: int, sha: hashlib._Hash) -> None:
+def _close(contigs: list[dict[str, Any]], total: int, sha512: bytes) -> None:
     if contigs:
         contigs[-1]["length"] = total - contigs[-1]["offset"]
-        contigs[-1]["digest"] = "SQ." + base64.urlsafe_b64encode(sha.digest()[:24]).decode()
+        contigs[-1]["digest"] = "SQ." + base64.urlsafe_b64encode(sha512[:24]).decode()
 
 
 @contextmanager

@@ -213,6 +213,8 @@ class TrainingWindows:
     def _pieces(self, window: NDArray[np.int64], epoch: NDArray[np.int64], reverse: NDArray[np.bool_]) -> list[Piece]:
         pieces: list[Piece] = []
         region = self._region(window)
+        known = np.minimum(region, len(self._room) - 1)  # rows of short regions have none, and need no shift
+        shift = below(self._room[known], self.seed, _SHIFT, self.stage, epoch, known) if len(self._room) else known
         for row in range(len(window)):
             back = bool(reverse[row])
             if window[row] >= self.tiled:
@@ -220,9 +222,8 @@ class TrainingWindows:
                 continue
             number = int(region[row])
             ring, low, span = bool(self._ring[number]), int(self._start[number]), int(self._span[number])
-            shift = int(below(self._room[number], self.seed, _SHIFT, self.stage, int(epoch[row]), number)[0])
             nth = int(window[row]) - int(self._last[number] - self._counts[number])
-            begin = shift + nth * self.length
+            begin = int(shift[row]) + nth * self.length
             after = ring or begin + self.length < span
             pieces.append(
                 Piece(row, 0, int(self._contig[number]), low + begin, self.length, back, ring or begin > 0, after)
