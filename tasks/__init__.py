@@ -1,0 +1,7 @@
+"""Tasks: what a model is trained for. Loss, metrics and optimiser; they know nothing of files."""
+
+from seqlong.tasks.base import SequenceTask
+from seqlong.tasks.causal_lm import CausalLM
+from seqlong.tasks.masked_lm import MaskedLM
+
+__all__ = ["CausalLM", "MaskedLM", "SequenceTask"]
