@@ -6,7 +6,9 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
+
+from seqlong.datamodules.sampler import Integers
 
 #: Rows kept open for later items. More would fill rows a little better and take longer to search.
 OPEN_ROWS = 1024
@@ -42,7 +44,7 @@ class Packing:
         return self.order[self.first[row] : self.first[row + 1]]
 
 
-def pack(lengths: ArrayLike, capacity: int, open_rows: int = OPEN_ROWS) -> Packing:
+def pack(lengths: Integers, capacity: int, open_rows: int = OPEN_ROWS) -> Packing:
     """Place items into rows of ``capacity`` positions: best fit, in the order given, deterministic.
 
     Each item goes where it leaves the least room among the ``open_rows`` rows that are still open, or opens a new
@@ -85,7 +87,7 @@ def pack(lengths: ArrayLike, capacity: int, open_rows: int = OPEN_ROWS) -> Packi
 
 
 def segment_ids(
-    row: ArrayLike, offset: ArrayLike, lengths: ArrayLike, rows: int, width: int, multiple: int = 1
+    row: Integers, offset: Integers, lengths: Integers, rows: int, width: int, multiple: int = 1
 ) -> NDArray[np.int32]:
     """The ``(rows, width)`` int32 segment ids of items lying in rows: 1, 2, ... from the left, 0 for padding.
 

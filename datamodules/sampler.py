@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from seqlong.errors import ConfigError
@@ -19,6 +20,9 @@ from seqlong.errors import ConfigError
 #: What an endless training loader answers to ``len``. It has to answer: Lightning fetches one batch ahead from a
 #: loader of unknown length, and that batch would be lost at every resume.
 ENDLESS = 10**9
+
+#: One integer or many.
+Integers = int | np.integer[Any] | Sequence[int] | NDArray[np.integer[Any]]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUNDS = 6
@@ -31,7 +35,7 @@ def _finalise(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return value ^ (value >> np.uint64(31))
 
 
-def mix(*counters: ArrayLike) -> NDArray[np.uint64]:
+def mix(*counters: Integers) -> NDArray[np.uint64]:
     """Hash integer counters, broadcast against one another, to 64 random-looking bits each.
 
     Args:
@@ -48,18 +52,18 @@ def mix(*counters: ArrayLike) -> NDArray[np.uint64]:
     return state
 
 
-def coin(probability: float, *counters: ArrayLike) -> NDArray[np.bool_]:
+def coin(probability: float, *counters: Integers) -> NDArray[np.bool_]:
     """True with ``probability`` for each tuple of counters (see `mix`)."""
     return (mix(*counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53 < probability
 
 
-def below(bound: ArrayLike, *counters: ArrayLike) -> NDArray[np.int64]:
+def below(bound: Integers, *counters: Integers) -> NDArray[np.int64]:
     """A number in ``[0, bound)`` for each tuple of counters; ``bound`` >= 1 broadcasts with them."""
     limit = np.asarray(bound, dtype=np.int64).view(np.uint64)
     return (mix(*counters) % limit).astype(np.int64)
 
 
-def permute(index: ArrayLike, size: int, *key: int) -> NDArray[np.int64]:
+def permute(index: Integers, size: int, *key: int) -> NDArray[np.int64]:
     """Evaluate at ``index`` the pseudo-random permutation of ``range(size)`` that ``key`` names, in O(1) memory.
 
     A Feistel network over the smallest power of four that holds ``size``, walked along its cycle until it lands
