@@ -186,6 +186,15 @@ def to_lightning(house: dict[str, Any]) -> dict[str, Any]:
     trainer = dict(_mapping(rest.pop("trainer", None), "trainer"))
     callbacks = trainer.get("callbacks")
     if isinstance(callbacks, dict):
+        for name, node in callbacks.items():
+            if isinstance(node, dict) and not node.get("class_path"):
+                complete = [
+                    key for key, value in callbacks.items() if isinstance(value, dict) and "class_path" in value
+                ]
+                raise ConfigError(
+                    f"trainer.callbacks.{name} has no class_path{nearest(str(name), complete) or '.'} "
+                    f"There are: {', '.join(map(str, complete))}"
+                )
         trainer["callbacks"] = [value for value in callbacks.values() if value]
     lightning: dict[str, Any] = {"seed_everything": rest.pop("seed", 0), **rest, "trainer": trainer}
     if task or model:
@@ -295,7 +304,10 @@ def _check_option(group: str, option: str, own_file: Path | None) -> None:
 
 
 def _resolve(config: DictConfig | ListConfig, files: list[ConfigFile]) -> dict[str, Any]:
-    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    try:
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    except OmegaConfBaseException:  # an interpolation that leads nowhere; told below, where its key is known
+        missing = []
     if missing:
         lines = []
         for key in missing:
@@ -356,6 +368,8 @@ def _explain_composition(error: Exception, chosen: dict[str, Any], own_file: Pat
         )
         message = f"there is no {group}={option}{nearest(option, valid) or '.'} Its options: {', '.join(valid)}"
         return ConfigError(located(*where, message) if where else message)
+    if found := re.search(r"Could not delete from config\. '([^']+)' does not exist", text):
+        return ConfigError(f"'~{found.group(1)}' removes nothing: there is no {found.group(1)}")
     cause = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
     first = text.splitlines()[0] if text else type(error).__name__
     return ConfigError(f"{first}{': ' + cause if cause and cause not in first else ''}")

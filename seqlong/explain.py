@@ -179,7 +179,9 @@ def type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
-        return " | ".join(dict.fromkeys(type_name(variant) for variant in get_args(hint)))
+        choices = {c: None for v in _variants(hint) if get_origin(v) is Literal for c in get_args(v)}
+        others = [type_name(variant) for variant in _variants(hint) if get_origin(variant) is not Literal]
+        return " | ".join(dict.fromkeys(([type_name(Literal[tuple(choices)])] if choices else []) + others))
     if get_origin(hint) in (list, collections.abc.Sequence, collections.abc.Iterable):
         return f"list of {type_name((get_args(hint) or (Any,))[0])}"
     if get_origin(hint) is dict:

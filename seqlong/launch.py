@@ -19,13 +19,14 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from seqlong import runs
 from seqlong.callbacks import MetricsCsv, PredictionWriter, Preempted, Preemption, TensorBoard
 from seqlong.callbacks.checkpoints import CONFIG_KEY, read_checkpoint
 from seqlong.callbacks.preemption import EXIT_CODE
 from seqlong.compose import Composed, compose, dump, from_dict, from_files, house_path
-from seqlong.errors import CheckpointError, ConfigError, located, nearest
+from seqlong.errors import CheckpointError, ConfigError, SeqlongError, located, nearest
 from seqlong.explain import first_problem
 
 log = logging.getLogger("seqlong")
@@ -111,9 +112,12 @@ class SeqlongCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except BaseException as error:
+            mistake = _mistake_behind(error) or error  # jsonargparse wraps what a constructor raises
             if runs.rank() == 0:
-                runs.finish(self.run_dir, "failed", f"{type(error).__name__}: {error}")
-            raise
+                runs.finish(self.run_dir, "failed", f"{type(mistake).__name__}: {mistake}")
+            if mistake is error:
+                raise
+            raise mistake from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing yet: ``execute`` does it, when this object is complete."""
@@ -141,9 +145,12 @@ class SeqlongCLI(LightningCLI):
             own = [MetricsCsv(self.run_dir / "metrics.csv"), TensorBoard(self.run_dir / "tensorboard")]
             more = configured if isinstance(configured, list) else [configured]
             loggers = own + [logger for logger in more if logger not in (None, True)]
-        trainer = super().instantiate_trainer(default_root_dir=str(self.run_dir), logger=loggers, **kwargs)
+        try:
+            trainer = super().instantiate_trainer(default_root_dir=str(self.run_dir), logger=loggers, **kwargs)
+        except (ValueError, MisconfigurationException) as error:  # how Lightning's Trainer refuses a setting
+            raise ConfigError("trainer: " + " ".join(str(error).split())) from error
         if self.subcommand == "predict":
-            trainer.callbacks.insert(0, PredictionWriter())
+            trainer.callbacks.insert(0, PredictionWriter())  # type: ignore[attr-defined]
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -191,6 +198,11 @@ def _choose(
     described = bool(config_flags) or any(
         word.startswith(("experiment=", "model=", "data=", "task=")) for word in overrides
     )
+    if wanted is None and verb != "fit":
+        raise ConfigError(
+            f"seqlong {verb} needs --ckpt_path: a file, 'last' or 'best'. Its configuration is in the checkpoint; "
+            "key=value overrides go on top"
+        )
     composed = None
     if config_flags:
         composed = from_files(config_flags, overrides)
@@ -198,11 +210,6 @@ def _choose(
         composed = compose(overrides)
     if wanted is None:
         assert composed is not None
-        if verb != "fit":
-            raise ConfigError(
-                f"seqlong {verb} needs --ckpt_path: a file, 'last' or 'best'. Its configuration is in the checkpoint; "
-                "key=value overrides go on top"
-            )
         return composed, None, False
     checkpoint = _resolve_checkpoint(wanted, composed, overrides)
     if composed is None:
@@ -257,7 +264,7 @@ def _run(verb: str, composed: Composed, flags: Sequence[str], checkpoint: Path |
         if translated is error:
             raise
         raise translated from error
-    preempted = any(isinstance(c, Preemption) and c.reason for c in cli.trainer.callbacks)
+    preempted = any(isinstance(c, Preemption) and c.reason for c in cli.trainer.callbacks)  # type: ignore[attr-defined]
     return _ended(verb, cli, "stopped" if preempted else "finished", None, EXIT_CODE if preempted else 0)
 
 
@@ -346,13 +353,25 @@ def _translated(error: BaseException) -> BaseException:
     if "Error(s) in loading state_dict" in text:
         lines = [line.strip() for line in text.splitlines()[1:6]]
         return CheckpointError("the checkpoint does not fit the model:\n  " + "\n  ".join(lines))
-    if type(error).__name__ == "MisconfigurationException":
+    if isinstance(error, MisconfigurationException):
         return ConfigError(" ".join(text.split()))
     return error
 
 
-def _explain(error: argparse.ArgumentError, composed: Composed, config: dict[str, Any]) -> ConfigError:
+def _mistake_behind(error: BaseException) -> SeqlongError | None:
+    """The SeqlongError that led to ``error``, if one did."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, SeqlongError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _explain(error: argparse.ArgumentError, composed: Composed, config: dict[str, Any]) -> SeqlongError:
     """One sentence instead of jsonargparse's list of all alternatives of all unions."""
+    if mistake := _mistake_behind(error):
+        return mistake
     text = str(error)
     if found := re.search(r"[Uu]nrecognized arguments?: (\S+)", text):
         name = found.group(1).lstrip("-").partition("=")[0]
@@ -364,18 +383,20 @@ def _explain(error: argparse.ArgumentError, composed: Composed, config: dict[str
         return ConfigError(f"--{name} is no flag{nearest(name, names) or '; see seqlong fit --help'}")
     problem = first_problem(config, TOP_LEVEL)
     if problem is None:
+        text = re.sub(r'Parser key "([^"]+)":', r"\1:", re.sub(r"<class '([^']+)'>", r"\1", text))
         lines = [line.strip() for line in text.splitlines() if line.strip() and "Given value" not in line]
-        return ConfigError(lines[0] + (": " + lines[-1] if len(lines) > 1 else ""))
+        return ConfigError(" ".join(lines[:1] + lines[-1:] if len(lines) > 1 else lines))
     name = ".".join(str(part) for part in house_path(problem.path, config))
-    message = f"{name} {problem.message}"
-    if problem.meant is not None and (place := composed.where(problem.meant)):
-        message += f" It is set in {place[0]}:{place[1]}"
-    elif problem.meant is None and len(problem.path) > 1 and (place := composed.where(problem.path[:-1])):
-        message += f" ({place[0]}:{place[1]})" if name in composed.overrides else ""
-    given = next((line for key, line in composed.overrides.items() if key.lstrip("+") == name), None)
+    message = f"{name}{'' if problem.message.startswith('is ') else ':'} {problem.message}"
+    given = next((line for key, line in composed.overrides.items() if key.lstrip("+~") == name), None)
+    place = composed.where(problem.path)
+    if problem.meant is not None and (meant := composed.where(problem.meant)):
+        message += f" That one is set in {meant[0]}:{meant[1]}"
+    elif given is not None:
+        nearby = place or composed.where(problem.path[:-1])
+        message += f" ({'set' if place else 'its section is'} in {nearby[0]}:{nearby[1]})" if nearby else ""
     if given is not None:
         return ConfigError(f"{message} (given on the command line: {given})")
-    place = composed.where(problem.path)
     return ConfigError(located(place[0], place[1], message) if place else message)
 
 
@@ -405,12 +426,17 @@ def set_up_output() -> None:
     warnings.showwarning = _show_warning
     logger = logging.getLogger("seqlong")
     if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(_Stderr())
         logger.propagate = False
     logger.setLevel(logging.INFO if runs.rank() == 0 else logging.ERROR)
     torch.set_float32_matmul_precision("high")
+
+
+class _Stderr(logging.Handler):
+    """Messages alone, on whatever stderr is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr, flush=True)
 
 
 def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:

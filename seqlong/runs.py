@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import shlex
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from seqlong.errors import CheckpointError, ConfigError
+
+log = logging.getLogger("seqlong")
 
 #: Tells processes that a run starts (DDP) which folder it has; set by the first process.
 DIRECTORY_VARIABLE = "SEQLONG_RUN_DIR"
@@ -158,11 +161,15 @@ def start(run: Path, name: str, resumed_from: Path | None = None) -> None:
 
 
 def finish(run: Path, status: str, error: str | None = None) -> None:
-    """Set the status that a run ended with, unless it has one already."""
+    """Set the status that a run ended with, unless it has one already. A disk that is full is told and no more: it must
+    not hide the error that the run ended with."""
     assert status in STATUSES
     record = read_json(run / "run.json", {}) or {}
     if record.get("status", "running") == "running":
-        write_json(run / "run.json", {**record, "status": status, "error": error, "ended": time.time()})
+        try:
+            write_json(run / "run.json", {**record, "status": status, "error": error, "ended": time.time()})
+        except OSError as problem:
+            log.warning("cannot write %s: %s", run / "run.json", problem.strerror)
 
 
 def host() -> dict[str, Any]:

@@ -12,6 +12,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from seqlong.errors import ConfigError
+
 ENDLESS = 10**9
 
 
@@ -72,6 +74,8 @@ class ToyTask(LightningModule):
     def __init__(self, backbone: ToyConfig, lr: float = 0.01, pause: float = 0.0, crash: int | None = None) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if unknown := set(backbone.pattern) - set(backbone.mixers):
+            raise ConfigError(f"the pattern has no mixer {unknown.pop()!r}")
         self.embedding = nn.Embedding(8, backbone.d_model)
         self.blocks = nn.ModuleList(backbone.mixers[letter](backbone.d_model) for letter in backbone.pattern)
         self.dropout = nn.Dropout(backbone.dropout)

@@ -115,9 +115,9 @@ class _OutputWatch:
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) and output else output
-            if self.first is None and isinstance(tensor, Tensor) and tensor.is_floating_point():
-                if not bool(torch.isfinite(_local(tensor)).all()):
-                    self.first = f"{name} ({type(module).__name__})"
+            checked = self.first is None and isinstance(tensor, Tensor) and tensor.is_floating_point()
+            if checked and not bool(torch.isfinite(_local(tensor)).all()):
+                self.first = f"{name} ({type(module).__name__})"
 
         return hook
 

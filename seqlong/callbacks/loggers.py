@@ -56,7 +56,7 @@ class MetricsCsv(Logger):
         """Nothing: config.yaml has them."""
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float | int], step: int | None = None) -> None:
         """Append a row a metric."""
         done = steps_done(self._trainer, step)
         moment = f"{time.time():.3f}"
@@ -90,7 +90,7 @@ class TensorBoard(TensorBoardLogger):
         self._trainer = trainer
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float | int], step: int | None = None) -> None:
         """Write scalars."""
         kept = {name: value for name, value in metrics.items() if name not in _IGNORED}
         super().log_metrics(kept, steps_done(self._trainer, step))
@@ -110,7 +110,7 @@ def steps_done(trainer: Trainer | None, step: int | None) -> int:
     return int(trainer.global_step) if trainer is not None else int(step or 0)
 
 
-def log_now(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+def log_now(trainer: Trainer, metrics: Mapping[str, float | int]) -> None:
     """Give metrics to the loggers directly: whole numbers stay whole, and Lightning does not keep them."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=trainer.global_step)

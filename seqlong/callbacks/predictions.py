@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class PredictionWriter(Callback):
-    """Save what ``predict_step`` returns to ``predictions/rank<r>-batch<n>.pt`` (``torch.load(..., weights_only=True)``)."""
+    """Save what ``predict_step`` returns to ``predictions/rank<r>-batch<n>.pt``, for ``torch.load``."""
 
     def on_predict_batch_end(
         self,

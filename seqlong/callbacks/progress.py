@@ -31,6 +31,7 @@ class Progress(Callback):
         self._bar: RichProgress | None = None
         self._task: Any = None
         self._shown = 0.0
+        self._shown_step = -1
         self._first: tuple[float, int] | None = None
         self._paused = 0.0
         self._paused_at = 0.0
@@ -82,7 +83,7 @@ class Progress(Callback):
             self._show(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._first is not None:
+        if self._first is not None and self._shown_step != trainer.global_step:
             self._show(trainer)
         self._stop()
 
@@ -90,7 +91,7 @@ class Progress(Callback):
         self._stop()
 
     def _show(self, trainer: Trainer) -> None:
-        self._shown = time.monotonic()
+        self._shown, self._shown_step = time.monotonic(), trainer.global_step
         text = "  ".join(describe(trainer, self._left(trainer)))
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, description=self._count(trainer), text=text)
@@ -124,11 +125,12 @@ def describe(trainer: Trainer, seconds_left: float | None = None) -> list[str]:
         parts.append(f"loss {bits:.4f} bits")
     if (bits := _bits(metrics, "val")) is not None:
         parts.append(f"val {bits:.4f}")
-    floors = [f for c in trainer.callbacks if isinstance(c, RunFolder) for f in c.floors]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    floors = [f for c in callbacks if isinstance(c, RunFolder) for f in c.floors]
     if floors:
         lowest = min(floors, key=lambda floor: float(floor["bits"]))
         parts.append(f"floor {float(lowest['bits']):.4f} ({lowest['name']})")
-    for callback in trainer.callbacks:
+    for callback in callbacks:
         if isinstance(callback, Throughput):
             if callback.tokens_per_second is not None:
                 parts.append(f"{callback.tokens_per_second:,.0f} tokens/s")

@@ -36,14 +36,15 @@ class RunFolder(Callback):
         if not (folder / "run.json").is_file():
             runs.start(folder, folder.name)
         for name, source in (("model", pl_module), ("data", getattr(trainer, "datamodule", None))):
-            if callable(getattr(source, "describe", None)):
-                runs.write_json(folder / f"{name}.json", source.describe())
+            describe = getattr(source, "describe", None)
+            if callable(describe):
+                runs.write_json(folder / f"{name}.json", describe())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        source = getattr(trainer, "datamodule", None)
-        if not trainer.is_global_zero or not callable(getattr(source, "floors", None)):
+        floors = getattr(getattr(trainer, "datamodule", None), "floors", None)
+        if not trainer.is_global_zero or not callable(floors):
             return
-        self.floors = list(source.floors())
+        self.floors = list(floors())
         runs.write_json(Path(trainer.default_root_dir) / "floors.json", self.floors)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -60,5 +61,6 @@ class RunFolder(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero and not trainer.interrupted:
-            reason = next((c.reason for c in trainer.callbacks if isinstance(c, Preemption) and c.reason), None)
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            reason = next((c.reason for c in callbacks if isinstance(c, Preemption) and c.reason), None)
             runs.finish(Path(trainer.default_root_dir), "stopped" if reason else "finished", reason)

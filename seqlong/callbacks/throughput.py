@@ -46,7 +46,8 @@ class Throughput(Callback):
         self.tokens += tokens
         self._since += tokens
         step = trainer.global_step
-        if step % max(1, trainer.log_every_n_steps) or step == self._logged_step:
+        every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if step % every or step == self._logged_step or trainer.fit_loop._should_accumulate():
             return
         self._logged_step = step
         self._pause()
