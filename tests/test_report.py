@@ -299,6 +299,22 @@ def test_the_distance_to_a_floor_in_words(value: float, floor: plots.Floor, expe
     assert words_of(words.distance(value, floor)).strip().startswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(1.96, "order 2 (1.965)"), (1.935, "order 3 (1.953)"), (1.999, "order 0 (2.000)"), (2.1, ""), (1.92, "")],
+)
+def test_a_model_above_the_floor_is_told_how_far_it_came(value: float, expected: str) -> None:
+    floor = {"name": "markov-4", "bits": 1.93, "order": 4, "by_order": [2.0, 1.982, 1.965, 1.953, 1.93]}
+    said = words.order_passed(RunRecord(Path("x"), floors=[{"name": "uniform", "bits": 2.0}, floor]), value)
+    assert said == (f"Among Markov models it has passed {expected}." if expected else "")
+
+
+def test_the_frame_shows_the_later_course_and_not_the_fall() -> None:
+    series = Series(list(range(100)), [0.0] * 100, [1.92 + 2 * math.exp(-step / 5) for step in range(100)])
+    low, high = plots._loss_limits(series, Series(), Series(), [plots.Floor("uniform", 2.0)])
+    assert low == pytest.approx(1.92, abs=0.02) and high == pytest.approx(2.0, abs=0.02)
+
+
 def test_the_lowest_markov_floor_is_the_one_to_beat() -> None:
     floors = [{"name": f"markov-{k}", "bits": bits} for k, bits in ((1, 1.98), (6, 1.93), (8, 1.95))]
     record = RunRecord(Path("x"), floors=[{"name": "uniform", "bits": 2.0}, *floors])

@@ -80,9 +80,9 @@ def loss_chart(
     if not len(train) and not len(validation) and not len(test):
         return None
     with _style("loss"):
-        figure, axes = _figure(9.6, 3.9, left=0.055, right=0.838, bottom=0.115, top=0.93)
+        figure, axes = _figure(9.6, 3.9, left=0.055, right=0.828, bottom=0.115, top=0.93)
         labels: list[tuple[float, str, str]] = []
-        top, bottom = _loss_limits(train, validation, test, floors)
+        bottom, top = _loss_limits(train, validation, test, floors)
         for floor in floors:
             axes.axhline(floor.bits, color=_COLOURS["floor"], linewidth=0.9, linestyle=(0, (5, 3)))
             labels.append((floor.bits, f"{text.bits(floor.bits)} {floor.label}", "floor"))
@@ -206,19 +206,21 @@ def _style(salt: str) -> AbstractContextManager[None]:
 
 
 def _loss_limits(train: Series, validation: Series, test: Series, floors: list[Floor]) -> tuple[float, float]:
-    """Limits that show the floors and the course; the first few steps of a run may rise above the frame."""
+    """Limits that show the floors and the later course; the first steps of a run may rise above the frame."""
     values = np.array(train.value, float)
     values = values[np.isfinite(values)]
-    shown = [value for series in (validation, test) for value in series.value if np.isfinite(value)]
+    shown = [value for value in test.value if np.isfinite(value)]
+    evaluated = [value for value in validation.value if np.isfinite(value)]
+    shown += [*evaluated[len(evaluated) // 4 :], *sorted(evaluated)[:1]]
     shown += [floor.bits for floor in floors]
     if len(values) > 30:
-        settled = values[len(values) // 25 :]
+        settled = values[len(values) // 4 :]  # the fall from the first steps would press all the rest together
         shown += [float(np.percentile(settled, 0.5)), float(np.percentile(settled, 99.5))]
     else:
         shown += values.tolist()
     low, high = (min(shown), max(shown)) if shown else (0.0, 2.0)
     pad = max(0.06 * (high - low), 0.005)
-    return high + pad, max(low - pad, 0.0)
+    return max(low - pad, 0.0), high + pad
 
 
 def _figure(width: float, height: float, *, left: float, right: float, bottom: float, top: float) -> tuple[Figure, Any]:
@@ -235,7 +237,7 @@ def _x_axis(axes: Any, shown: list[Series]) -> None:
     low, high = min(steps), max(steps)
     room = max(0.01 * (high - low), 0.15 if high - low < 20 else 0.5)
     axes.set_xlim(low - room, high + room)
-    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(_tick))
     axes.set_xlabel("optimizer steps", labelpad=2)
 

@@ -36,7 +36,7 @@ def loss_section(record: RunRecord) -> Html:
         return section("loss", "Loss", "No loss was logged: the run ended before its first logged step.")
     note = "Bits per base, lower is better. "
     if len(train) > 30:
-        note += "Faint: each logged training step; line: its running mean. "
+        note += "Faint: each logged training step; line: its running mean; the first steps may lie above the frame. "
     if len(record.series("val/bits")):
         note += "Dots: validation, the best ringed. "
     if words.floors(record):

@@ -100,6 +100,8 @@ def verdict(record: RunRecord) -> Html | None:
     items = [tag("li", distance(value, floor)) for floor in floors(record)]
     if not items:
         items = [tag("li", "No floors were saved, so there is nothing to hold this figure against.")]
+    if passed := order_passed(record, value):
+        items.append(tag("li", passed))
     test = record.series("test/bits").last
     if measured == "validation" and test is not None:
         items.append(tag("li", "On the test set: ", tag("b", text.bits(test)), " bits per base."))
@@ -112,6 +114,18 @@ def verdict(record: RunRecord) -> Html | None:
         text.div("unit", f"bits per base, best {measured}", f", at step {step:,}" if step else ""),
     )
     return text.div("verdict", figure, tag("ul", *items))
+
+
+def order_passed(record: RunRecord, value: float) -> str:
+    """Which of the Markov models ``value`` is below, if it is not below the best; empty when that is not known."""
+    best = min((floor for floor in record.floors if _order(floor) is not None), key=lambda f: f["bits"], default=None)
+    by_order = best.get("by_order") if best else None
+    if best is None or value < best["bits"] or not isinstance(by_order, list):
+        return ""
+    passed = [order for order, bits in enumerate(by_order) if isinstance(bits, float) and bits > value]
+    if not passed:
+        return ""
+    return f"Among Markov models it has passed order {max(passed)} ({text.bits(by_order[max(passed)])})."
 
 
 def distance(value: float, floor: Floor) -> Html:
