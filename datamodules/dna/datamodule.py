@@ -247,7 +247,7 @@ class GenomeData(LightningDataModule):
         rank, world = self._place()
         accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
         sampler = BatchSampler(self.stages, rank, world, self._start, accumulate)
-        return self._loader(_TrainingBatches(self), sampler)
+        return self._loader(_TrainingBatches(self), sampler, _ResumableLoader)
 
     def val_dataloader(self) -> DataLoader[SequenceBatch]:
         """Every base of the validation split once."""
@@ -282,15 +282,27 @@ class GenomeData(LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         """Data-parallel rank and ranks, which under sequence parallelism are not the process's."""
-        kwargs = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
+        if self.trainer is None:
+            return 0, 1
+        # Lightning would put a shuffling sampler of its own in place of ours, without a word.
+        if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+            raise ConfigError(
+                "trainer.use_distributed_sampler is true; GenomeData shares batches out itself: set it false"
+            )
+        kwargs = self.trainer.distributed_sampler_kwargs or {}
         return int(kwargs.get("rank", 0)), int(kwargs.get("num_replicas", 1))
 
     def _evaluation_loader(self, windows: EvaluationWindows) -> DataLoader[SequenceBatch]:
         sampler = EvaluationSampler(windows.size, self.eval_batch_size, *self._place())
         return self._loader(_EvaluationBatches(self, windows), sampler)
 
-    def _loader(self, dataset: Dataset[SequenceBatch], sampler: Sampler) -> DataLoader[SequenceBatch]:  # type: ignore[type-arg]
-        return DataLoader(
+    def _loader(
+        self,
+        dataset: Dataset[SequenceBatch],
+        sampler: Sampler,  # type: ignore[type-arg]
+        kind: type[DataLoader] = DataLoader,  # type: ignore[type-arg]
+    ) -> DataLoader[SequenceBatch]:
+        return kind(
             dataset,
             sampler=sampler,
             batch_size=None,  # the sampler asks for whole batches
@@ -298,6 +310,16 @@ class GenomeData(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=4 if self.workers else None,
         )
+
+
+class _ResumableLoader(DataLoader[SequenceBatch]):
+    """A loader that Lightning takes for resumable, which it is: the data module tells the sampler where to start."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        pass
 
 
 class _TrainingBatches(Dataset[SequenceBatch]):

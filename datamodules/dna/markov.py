@@ -70,7 +70,11 @@ def markov_floor(
 
 
 def _count(genome: Genome, training: Iterable[Region], max_order: int) -> list[NDArray[np.int32]]:
-    """For every order k the counts of the (k + 1)-mers on both strands; the last base is the lowest digit."""
+    """For every order k the counts of the (k + 1)-mers on both strands; the last base is the lowest digit.
+
+    The longest words alone are counted, and the shorter from them, so that the ``max_order`` bases after a region's
+    start or an unknown base are in no count.
+    """
     top = np.zeros(4 ** (max_order + 1), dtype=np.int32)
     for codes, run in _chunks(genome, training, max_order):
         # Sorting first makes the walk through a table far larger than the caches a straight one: ten times as fast.
