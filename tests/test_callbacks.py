@@ -92,7 +92,7 @@ class StopAt(L.Callback):
 
 @pytest.mark.parametrize(
     ("stop", "accumulate", "workers"),
-    [(4, 1, 0), (5, 1, 0), (6, 1, 0), (7, 1, 0), (5, 2, 0), (5, 1, 2)],
+    [(4, 1, 0), (5, 1, 0), (6, 1, 0), (7, 1, 0), (4, 2, 0), (5, 1, 2)],
     ids=["before-val-batch", "val-due", "after-val", "checkpoint-step", "half-accumulated", "two-workers"],
 )
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, stop: int, accumulate: int, workers: int) -> None:
@@ -199,6 +199,7 @@ def test_a_full_disk_at_the_end_is_an_error(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert read_checkpoint(last(tmp_path))["global_step"] == 2
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"], "no temporary file is left"
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "pickle"])
