@@ -149,13 +149,23 @@ def environment(place: Path) -> dict[str, str]:
     }
 
 
-def run(place: Path, arguments: list[str]) -> None:
+def program() -> str:
+    """The ``seqlong`` command beside the Python that runs the tests."""
+    found = Path(sys.executable).with_name("seqlong")
+    if not found.is_file():
+        pytest.skip(f"no seqlong command beside {sys.executable}; install the package")
+    return str(found)
+
+
+def run(place: Path, arguments: list[str]) -> str:
+    """Run a command to its end and return what it printed; fail with all that it said."""
     started = time.monotonic()
     done = subprocess.run(
         arguments, cwd=place, env=environment(place), capture_output=True, text=True, timeout=SECONDS, check=False
     )
     told = f"{shlex.join(arguments)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert done.returncode == 0, f"exit status {done.returncode} after {time.monotonic() - started:.0f} s: {told}"
+    return done.stdout
 
 
 def give_files(place: Path, words: list[str]) -> None:
@@ -190,19 +200,11 @@ def test_make_targets_exist(command: Command) -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in SHOWN if c.words[0] == "seqlong" and c.skipped], ids=str)
-def test_commands_that_are_not_run_compose(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_that_are_not_run_compose(command: Command, place: Path) -> None:
     arguments = composition(command.words)
     if arguments is None:
         pytest.skip(f"not run: {command.skipped}")
-    from seqlong.cli import main
-
-    try:
-        status = main(arguments)
-    except SystemExit as stopped:  # how jsonargparse ends --print_config
-        status = int(stopped.code or 0)
-    shown = capsys.readouterr()
-    assert status == 0, shown.err
-    assert "class_path" in shown.out
+    assert "class_path" in run(place, [program(), *arguments])
 
 
 @pytest.mark.parametrize("command", [c for c in SHOWN if c.words[0] == "seqlong" and not c.skipped], ids=str)
@@ -210,15 +212,12 @@ def test_commands_run(command: Command, place: Path) -> None:
     give_files(place, command.words)
     resumes = "--ckpt_path" in shlex.join(command.words)
     words = shortened(command.words, steps=4 if resumes else 2)
-    seqlong = Path(sys.executable).with_name("seqlong")
-    if not seqlong.is_file():
-        pytest.skip(f"no seqlong command beside {sys.executable}; install the package")
     runs = sorted((place / "runs").glob("*/run.json"), key=lambda path: path.stat().st_mtime)
     # `runs/demo-...` in a text stands for whichever run the commands before made.
     words = [
         re.sub(r"runs/[\w-]*\.\.\.", lambda _: str(runs[-1].parent.relative_to(place)), w) if runs else w for w in words
     ]
-    run(place, [str(seqlong), *words[1:]])
+    run(place, [program(), *words[1:]])
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: str(block.line))
