@@ -27,9 +27,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{name: BASE | {"kernels"} | MODEL for name in MODEL},
     "datamodules": {"batch", "errors"},
     "runs": {"errors"},
+    "metrics": BASE,
     "optim": UNDER_TASKS,
     "callbacks": UNDER_TASKS,
-    "tasks": UNDER_TASKS | {"optim", "callbacks"},
+    "tasks": UNDER_TASKS | {"callbacks", "metrics", "optim"},
     "configs": set(),
 }
 TOP = {
