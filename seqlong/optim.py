@@ -184,6 +184,6 @@ class StepSchedule(LambdaLR):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.last_epoch = int(state_dict["last_epoch"])
         self._step_count = self.last_epoch + 1
-        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            group["lr"] = lr
+        for group, base, share in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["lr"] = base * share(self.last_epoch)
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]

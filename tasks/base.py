@@ -147,6 +147,10 @@ class SequenceTask(LightningModule):
 
     # --- training ------------------------------------------------------------------------------------------------
 
+    def on_train_batch_start(self, batch: SequenceBatch, batch_idx: int) -> None:
+        """Make Lightning write its rows at the right steps: the count that it decides by is wrong after a resume."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """One batch; see the class for the loss and what is logged."""
         loss, figures = self.objective(batch)
