@@ -102,12 +102,12 @@ def check_value(hint: Any, value: Any, path: tuple[str | int, ...]) -> Problem |
     """Check one value against a type hint."""
     if value is None or hint is inspect.Parameter.empty or hint is Any:
         return None
-    variants = _variants(hint)
+    alternatives = variants(hint)
     if isinstance(value, Mapping):
         if "class_path" in value:
-            given = next((len(_callable_arguments(v)) for v in variants if _is_callable(v)), 0)
+            given = next((len(_callable_arguments(v)) for v in alternatives if _is_callable(v)), 0)
             return check_class(value, path, given)
-        for variant in variants:
+        for variant in alternatives:
             if dataclasses.is_dataclass(variant) and isinstance(variant, type):
                 return check_arguments(variant, value, path)
             if get_origin(variant) in (dict, collections.abc.Mapping) and len(get_args(variant)) == 2:
@@ -115,24 +115,24 @@ def check_value(hint: Any, value: Any, path: tuple[str | int, ...]) -> Problem |
                     if problem := _check_entry(get_args(variant)[1], item, (*path, str(key)), value):
                         return problem
                 return None
-        if any(_is_callable(v) or _is_own_class(v) for v in variants):
+        if any(_is_callable(v) or _is_own_class(v) for v in alternatives):
             return Problem(path, f"found {_short(value)} without class_path; expected class_path: package.Class")
     if isinstance(value, (list, tuple)):
-        for variant in variants:
+        for variant in alternatives:
             if get_origin(variant) in (list, tuple, collections.abc.Sequence, collections.abc.Iterable):
                 item_hint = (get_args(variant) or (Any,))[0]
                 for number, item in enumerate(value):
                     if problem := check_value(item_hint, item, (*path, number)):
                         return problem
                 return None
-        if any(_is_own_class(v) for v in variants):  # Trainer.callbacks: list | Callback
+        if any(_is_own_class(v) for v in alternatives):  # Trainer.callbacks: list | Callback
             for number, item in enumerate(value):
                 if isinstance(item, Mapping) and (problem := check_class(item, (*path, number))):
                     return problem
             return None
     if accepts(hint, value):
         return None
-    choices = [str(c) for v in variants if get_origin(v) is Literal for c in get_args(v)]
+    choices = [str(c) for v in alternatives if get_origin(v) is Literal for c in get_args(v)]
     hint_text = nearest(str(value), choices) if choices else ""
     return Problem(path, f"found {_short(value)} ({type(value).__name__}), expected {type_name(hint)}{hint_text}")
 
@@ -179,8 +179,8 @@ def type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
-        choices = {c: None for v in _variants(hint) if get_origin(v) is Literal for c in get_args(v)}
-        others = [type_name(variant) for variant in _variants(hint) if get_origin(variant) is not Literal]
+        choices = {c: None for v in variants(hint) if get_origin(v) is Literal for c in get_args(v)}
+        others = [type_name(variant) for variant in variants(hint) if get_origin(variant) is not Literal]
         return " | ".join(dict.fromkeys(([type_name(Literal[tuple(choices)])] if choices else []) + others))
     if get_origin(hint) in (list, collections.abc.Sequence, collections.abc.Iterable):
         return f"list of {type_name((get_args(hint) or (Any,))[0])}"
@@ -197,7 +197,7 @@ def type_name(hint: Any) -> str:
 
 def _check_entry(hint: Any, item: Any, path: tuple[str | int, ...], siblings: Mapping[str, Any]) -> Problem | None:
     incomplete = isinstance(item, Mapping) and "class_path" not in item
-    if incomplete and any(_is_callable(v) or _is_own_class(v) for v in _variants(hint)):
+    if incomplete and any(_is_callable(v) or _is_own_class(v) for v in variants(hint)):
         others = [str(k) for k, v in siblings.items() if isinstance(v, Mapping) and "class_path" in v]
         problem = _unknown(path[:-1], str(path[-1]), others, "defined")
         return dataclasses.replace(problem, message=f"{problem.message} (to add it, set its class_path)")
@@ -229,11 +229,12 @@ def _import(name: str, path: tuple[str | int, ...]) -> tuple[Any, Problem | None
     return getattr(module, class_name), None
 
 
-def _variants(hint: Any) -> list[Any]:
+def variants(hint: Any) -> list[Any]:
+    """The alternatives of a union, or the hint itself."""
     if get_origin(hint) in (Union, types.UnionType):
-        return [inner for variant in get_args(hint) for inner in _variants(variant)]
+        return [inner for variant in get_args(hint) for inner in variants(variant)]
     if get_origin(hint) is typing.Annotated:
-        return _variants(get_args(hint)[0])
+        return variants(get_args(hint)[0])
     return [hint]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from seqlong.config_files import groups, options, summary
-from seqlong.errors import SeqlongError
+from seqlong.errors import ConfigError, SeqlongError
 
 _MOST_USED = (
     ("experiment=dna/demo", "what to do: a file of configs/experiment, or your own experiment=my.yaml"),
@@ -90,8 +90,10 @@ def composed_settings(overrides: Sequence[str]) -> Iterator[tuple[str, list[tupl
 
     from seqlong.compose import compose
 
-    composed = compose([*overrides, *_stand_ins(overrides)], hardware="cpu")
-    house = composed.house
+    try:
+        house = compose(overrides, hardware="cpu").house
+    except ConfigError:
+        house = compose([*overrides, "data.path=FILE"], hardware="cpu").house  # what help must not ask for
     for key in ("data", "task"):
         node = house[key]
         module, _, name = node["class_path"].rpartition(".")
@@ -127,7 +129,9 @@ def _backbone(task: Any, values: Mapping[str, Any]) -> Iterator[tuple[str, list[
 
 
 def _rows(target: Any, values: Mapping[str, Any], prefix: str, skipped: set[str]) -> list[tuple[str, str, str, str]]:
-    from seqlong.explain import signature, type_name
+    import dataclasses
+
+    from seqlong.explain import signature, type_name, variants
 
     texts = _explanations(target)
     rows = []
@@ -135,6 +139,10 @@ def _rows(target: Any, values: Mapping[str, Any], prefix: str, skipped: set[str]
         if name in skipped or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         value = values.get(name, None if parameter.default is parameter.empty else parameter.default)
+        nested = next((v for v in variants(parameter.annotation) if dataclasses.is_dataclass(v)), None)
+        if nested is not None and isinstance(value, Mapping):
+            rows += _rows(nested, value, f"{prefix}.{name}", set())
+            continue
         text = repr(value)
         rows.append(
             (
@@ -155,11 +163,6 @@ def _explanations(target: Any) -> dict[str, str]:
         for parameter in parse(getattr(source, "__doc__", None) or "").params:
             texts.setdefault(parameter.arg_name, " ".join((parameter.description or "").split()))
     return texts
-
-
-def _stand_ins(overrides: Sequence[str]) -> list[str]:
-    """A value for data.path, so that help does not ask for one."""
-    return [] if any(word.startswith("data.path=") for word in overrides) else ["data.path=FILE"]
 
 
 def _columns(rows: Sequence[tuple[str, str]]) -> list[str]:

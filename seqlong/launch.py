@@ -6,22 +6,23 @@ import argparse
 import logging
 import os
 import re
+import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from seqlong import runs
+from seqlong import console, runs
 from seqlong.callbacks import MetricsCsv, PredictionWriter, Preempted, Preemption, TensorBoard
 from seqlong.callbacks.checkpoints import CONFIG_KEY, read_checkpoint
 from seqlong.callbacks.preemption import EXIT_CODE
@@ -114,7 +115,8 @@ class SeqlongCLI(LightningCLI):
         except BaseException as error:
             mistake = _mistake_behind(error) or error  # jsonargparse wraps what a constructor raises
             if runs.rank() == 0:
-                runs.finish(self.run_dir, "failed", f"{type(mistake).__name__}: {mistake}")
+                status = "stopped" if isinstance(mistake, Preempted | KeyboardInterrupt) else "failed"
+                runs.finish(self.run_dir, status, f"{type(mistake).__name__}: {mistake}")
             if mistake is error:
                 raise
             raise mistake from error
@@ -176,7 +178,25 @@ def launch(verb: str, overrides: Sequence[str], flags: Sequence[str]) -> int:
     Raises:
         SeqlongError: a mistake in what the user gave.
     """
-    set_up_output()
+    console.set_up()
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminated) if main_thread else None
+    try:
+        return _launch(verb, overrides, flags)
+    except Preempted as stop:
+        log.info("%s", stop)
+        return EXIT_CODE
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, frame: Any) -> None:
+    """SIGTERM while a run is set up; during training the callback Preemption handles it."""
+    raise Preempted(f"stopped by {signal.Signals(number).name} outside of training")
+
+
+def _launch(verb: str, overrides: Sequence[str], flags: Sequence[str]) -> int:
     checkpoint_flag, config_flags, rest = _take(flags)
     child = os.environ.get(runs.DIRECTORY_VARIABLE)
     if child:  # a process that the first one started: exactly its configuration
@@ -271,6 +291,12 @@ def _run(verb: str, composed: Composed, flags: Sequence[str], checkpoint: Path |
 def _ended(verb: str, cli: SeqlongCLI, status: str, error: str | None, code: int) -> int:
     """Close the run folder: status, report, last words. Returns the exit status of this process."""
     folder, launcher = cli.run_dir, cli.trainer.strategy.launcher
+    own = launcher if isinstance(launcher, _SubprocessScriptLauncher) else None
+    processes = list(own.procs) if own is not None else []
+    if own is not None:
+        # Lightning's observer kills this process when one that it started ends first with an error, in the middle of
+        # the report. It looks at this very list.
+        own.procs.clear()
     if runs.rank() == 0:
         runs.finish(folder, status, error)
         if verb == "fit":
@@ -280,12 +306,13 @@ def _ended(verb: str, cli: SeqlongCLI, status: str, error: str | None, code: int
         log.info("%s: %s", status, _relative(folder))
         if status == "stopped" and verb == "fit":
             log.info("continue with --ckpt_path last")
-    if status == "failed" and isinstance(launcher, _SubprocessScriptLauncher):
-        for process in launcher.procs:  # they may wait for this one in a collective
+    for process in processes:
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:  # it waits for this one in a collective
             process.kill()
-    # Lightning kills the first process when it sees that one it started has failed; only the first says 143.
-    started_by_us = isinstance(launcher, _SubprocessScriptLauncher) and runs.rank() != 0 and not launcher.procs
-    return 0 if started_by_us and code == EXIT_CODE else code
+    # While the first still trains, an exit status of 143 of another would look like a crash to that observer.
+    return 0 if own is not None and runs.rank() != 0 and code == EXIT_CODE else code
 
 
 def _write_report(folder: Path) -> None:
@@ -400,48 +427,7 @@ def _explain(error: argparse.ArgumentError, composed: Composed, config: dict[str
     return ConfigError(located(place[0], place[1], message) if place else message)
 
 
-# --- output ----------------------------------------------------------------------------------------------------------
-
-_HARMLESS = (
-    ".*does not have many workers.*",
-    ".*LeafSpec.*",
-    ".*ended before the epoch ended.*",  # the data module starts where training stopped
-    ".*smaller than the logging interval.*",
-    ".*Checkpoint directory .* exists and is not empty.*",
-    ".*no `val_dataloader`.*",
-    ".*srun.*",
-    ".*sync_dist=True.*",
-    ".*GPU available but not used.*",
-    ".*lr_scheduler.step\\(\\).*before.*optimizer.step.*",  # after a step that FiniteGuard skipped
-    ".*torch.distributed.*barrier.*device.*",
-)
-
-
-def set_up_output() -> None:
-    """One clean line for what matters; Lightning's tips and facts are left out."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for pattern in _HARMLESS:
-        warnings.filterwarnings("ignore", message=pattern)
-    warnings.showwarning = _show_warning
-    logger = logging.getLogger("seqlong")
-    if not logger.handlers:
-        logger.addHandler(_Stderr())
-        logger.propagate = False
-    logger.setLevel(logging.INFO if runs.rank() == 0 else logging.ERROR)
-    torch.set_float32_matmul_precision("high")
-
-
-class _Stderr(logging.Handler):
-    """Messages alone, on whatever stderr is at the time."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), file=sys.stderr, flush=True)
-
-
-def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-    if runs.rank() == 0:
-        print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)
+# --- parts ------------------------------------------------------------------------------------------------------------
 
 
 def _relative(path: Path) -> Path:
