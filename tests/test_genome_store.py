@@ -205,6 +205,12 @@ def test_bad_files_say_what_is_wrong_and_where(build, content, message):
         build(content)
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 6, 7, 8, 9])
+def test_a_header_begins_a_line_however_the_file_is_cut(chunk):
+    with pytest.raises(DataError, match=r"x\.fa:2: illegal character '>'"):
+        records(read_fasta(BytesIO(b">a\nACGT>b\nACGT\n"), Path("x.fa"), chunk))
+
+
 def test_truncated_bgzip(tmp_path):
     path = tmp_path / "x.fa.gz"
     with bgzf.BgzfWriter(str(path)) as writer:
@@ -302,6 +308,13 @@ def test_a_store_is_built_once_and_again_when_the_file_changes(build, monkeypatc
     changed = build(">a\nGGGG\n")
     assert changed.digest != first.digest and text_of(changed.window("a", 0, 4)) == "GGGG"
     assert text_of(first.window("a", 0, 4)) == "ACGT"
+
+
+def test_a_built_store_opens_where_nothing_can_be_written(build, monkeypatch):
+    first = build(">a\nACGT\n")
+    monkeypatch.setattr(store, "locked", lambda *_: pytest.fail("took the lock"))
+    monkeypatch.setattr(cache, "atomic_write", lambda *_: pytest.fail("wrote"))
+    assert GenomeStore.build_or_open(first.path, first.path.parent / "cache").digest == first.digest
 
 
 def test_an_unchanged_file_is_not_hashed_again(build, monkeypatch):
