@@ -86,6 +86,12 @@ def test_blocks_come_near_their_fractions_and_depend_on_their_seed(tmp_path):
     assert BlockSplit(seed=1).split(genome).regions != split.regions
 
 
+def test_blocks_are_dealt_to_the_nearest_number(tmp_path):
+    genome = make_genome(tmp_path, {"a": 1000})
+    sizes = {f: BlockSplit(f, 0.0, 100, 0).split(genome).bases("validation") for f in (0.01, 0.14, 0.16, 0.34)}
+    assert sizes == {0.01: 100, 0.14: 100, 0.16: 200, 0.34: 300}
+
+
 def test_a_ring_joins_at_its_junction(tmp_path):
     genome = make_genome(tmp_path, {"ring": 300}, ["ring"])
     (tmp_path / "v.bed").write_text("ring\t100\t150\n")
