@@ -6,8 +6,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from seqlong.kernels.precision import accumulation, as_written
+
 #: Logits held at a time, in elements.
 BUDGET = 1 << 24
+#: Up to this many classes logits are products of hidden states as they are; above, autocast's type is obeyed for speed.
+SMALL = 1024
 
 
 def _rows(vocabulary: int, chunk: int) -> int:
@@ -16,7 +20,7 @@ def _rows(vocabulary: int, chunk: int) -> int:
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Products in the input type, logits at least in float32."""
-    kept = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    kept = accumulation(hidden.dtype)
     logits = (hidden @ weight.to(hidden.dtype).T).to(kept)
     return logits if bias is None else logits + bias.to(kept)
 
@@ -26,10 +30,11 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float z_loss, int chunk) -> (Tensor, Tensor)",
 )
+@as_written
 def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, z_loss: float, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    kept = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    kept = accumulation(hidden.dtype)
     loss = torch.empty(hidden.shape[0], dtype=kept, device=hidden.device)
     normalizer = torch.empty_like(loss)
     step = _rows(weight.shape[0], chunk)
@@ -46,7 +51,7 @@ def _forward(
 
 @_forward.register_fake
 def _(hidden, weight, targets, bias, z_loss, chunk):  # type: ignore[no-untyped-def]
-    kept = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    kept = accumulation(hidden.dtype)
     return tuple(torch.empty(hidden.shape[0], dtype=kept, device=hidden.device) for _ in range(2))
 
 
@@ -56,6 +61,7 @@ def _(hidden, weight, targets, bias, z_loss, chunk):  # type: ignore[no-untyped-
     schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor normalizer, "
     "float z_loss, int chunk) -> (Tensor, Tensor, Tensor)",
 )
+@as_written
 def _backward(
     grad: Tensor,
     hidden: Tensor,
@@ -131,5 +137,8 @@ def linear_cross_entropy(
     Returns:
         ``(b t)`` in float32 (float64 if hidden is). Logits are computed again in the backward pass.
     """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and weight.shape[0] > SMALL and hidden.dtype == torch.float32:
+        hidden = hidden.to(torch.get_autocast_dtype(device))
     loss, _ = _forward(hidden.flatten(0, 1), weight, targets.flatten(), bias, z_loss, chunk)
     return loss.view(targets.shape)

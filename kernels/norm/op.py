@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from seqlong.kernels.precision import accumulation, as_written
+
 #: Rows handled at a time on a CPU, so that the intermediate results of a slice stay in cache.
 TILE = 2048
 
@@ -23,8 +25,9 @@ def rms_norm(x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"], eps: float = 
     mutates_args=(),
     schema="(Tensor x, Tensor gate, Tensor weight, int groups, float eps) -> Tensor",
 )
+@as_written
 def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    kept = torch.float64 if x.dtype == torch.float64 else torch.float32
+    kept = accumulation(x.dtype)
     output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, gates, results = x.flatten(0, -2), gate.flatten(0, -2), output.view(-1, x.shape[-1])
     for a, z in _tiles(rows):
@@ -49,10 +52,11 @@ def _tiles(rows: Tensor) -> list[tuple[int, int]]:
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor gate, Tensor weight, int groups, float eps) -> (Tensor, Tensor, Tensor)",
 )
+@as_written
 def _gated_rms_norm_backward(
     grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kept = torch.float64 if x.dtype == torch.float64 else torch.float32
+    kept = accumulation(x.dtype)
     w = weight.to(kept)
     grad_x, grad_gate = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (x, gate))
     grad_weight = torch.zeros_like(w)

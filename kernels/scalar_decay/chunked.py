@@ -16,8 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from seqlong.kernels.precision import accumulation, as_written
+
 #: (tokens a chunk, tokens a block) by device type, measured; see benchmarks/mixer_cpu.py.
-SIZES = {"cpu": (64, 1024), "cuda": (256, 16384)}
+SIZES = {"cpu": (64, 1024), "cuda": (128, 32768)}
 
 
 class _Block(NamedTuple):
@@ -33,10 +35,6 @@ class _Block(NamedTuple):
     carry: Tensor  # (b n g 1 r 1) decay over the whole chunk
 
 
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _chunked(x: Tensor, chunk: int) -> Tensor:
     """(b, l, ...) -> (b, n, c, ...), zero-padded at the end."""
     short = -x.shape[1] % chunk
@@ -49,7 +47,7 @@ def _make_block(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor | None, chunk: int, work: torch.dtype
 ) -> _Block:
     groups = q.shape[2]
-    kept = _accumulation(work)
+    kept = accumulation(work)
     qc, kc = (_chunked(x.to(work), chunk).transpose(2, 3).contiguous() for x in (q, k))
     vc = _chunked(v.to(work), chunk)
     vc = vc.unflatten(3, (groups, -1)).transpose(2, 3).contiguous()
@@ -80,7 +78,7 @@ def _merge(x: Tensor, length: int) -> Tensor:
 
 def _entry_states(block: _Block, state: Tensor) -> tuple[Tensor, Tensor]:
     """States (b n g k r v) at the entry of every chunk, and the one after the last."""
-    update = (block.k.mT @ (block.v * block.leave).flatten(4)).unflatten(4, block.v.shape[4:])
+    update = (block.k.mT @ (block.v * block.leave).to(block.k.dtype).flatten(4)).unflatten(4, block.v.shape[4:])
     rows, chunks = update.shape[:2]
     states = torch.empty(rows, chunks + 1, *update.shape[2:], dtype=state.dtype, device=state.device)
     states[:, 0] = state
@@ -166,6 +164,7 @@ def _working_type(q: Tensor, v: Tensor) -> torch.dtype:
     schema="(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? starts, Tensor? initial_state, "
     "int chunk=0, int block=0) -> (Tensor, Tensor, Tensor)",
 )
+@as_written
 def scalar_decay_chunked(
     q: Tensor,
     k: Tensor,
@@ -181,7 +180,7 @@ def scalar_decay_chunked(
     work = _working_type(q, v)
     chunk, block = _sizes(q, chunk, block)
     shape = (rows, groups, heads // groups, width, value_width)
-    kept = _accumulation(work)
+    kept = accumulation(work)
     if initial_state is None:
         state = torch.zeros(rows, groups, width, heads // groups, value_width, dtype=kept, device=q.device)
     else:
@@ -206,7 +205,7 @@ def scalar_decay_chunked(
 @scalar_decay_chunked.register_fake
 def _(q, k, v, log_decay, starts, initial_state, chunk=0, block=0):  # type: ignore[no-untyped-def]
     (rows, length, groups, width), (heads, value_width) = q.shape, v.shape[2:]
-    kept = _accumulation(v.dtype)
+    kept = accumulation(v.dtype)
     _, block = _sizes(q, chunk, block)
     blocks = (length + block - 1) // block
     return (
@@ -222,6 +221,7 @@ def _(q, k, v, log_decay, starts, initial_state, chunk=0, block=0):  # type: ign
     schema="(Tensor grad_output, Tensor? grad_final, Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? starts, "
     "Tensor entries, int chunk=0, int block=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+@as_written
 def scalar_decay_chunked_backward(
     grad_output: Tensor,
     grad_final: Tensor | None,

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from seqlong.kernels.precision import accumulation, as_written
+
 #: Tokens handled at a time on a CPU, so that the taps of one slice stay in cache.
 TILE = 4096
 
@@ -36,10 +38,6 @@ def _preactivation(padded: Tensor, weight: Tensor, bias: Tensor | None, masks: l
     return result if bias is None else result.add_(bias)
 
 
-def _working(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _windows(x: Tensor, state: Tensor, a: int, z: int) -> Tensor:
     """Inputs a to z with the taps - 1 inputs before them, (b z-a+taps-1 d)."""
     reach = state.shape[1]
@@ -52,8 +50,9 @@ def _windows(x: Tensor, state: Tensor, a: int, z: int) -> Tensor:
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? starts, Tensor state) -> Tensor",
 )
+@as_written
 def _short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, state: Tensor) -> Tensor:
-    kept = _working(x)
+    kept = accumulation(x.dtype)
     masks = _clear(starts, weight.shape[1])
     w, b = weight.to(kept), None if bias is None else bias.to(kept)
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -80,11 +79,12 @@ def _tiles(x: Tensor) -> list[tuple[int, int]]:
     schema="(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? starts, Tensor state) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
+@as_written
 def _short_conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias (zeros without one) and state; the pre-activation is recomputed."""
-    kept, (length, width), taps = _working(x), x.shape[1:], weight.shape[1]
+    kept, (length, width), taps = accumulation(x.dtype), x.shape[1:], weight.shape[1]
     masks = _clear(starts, taps)
     w, b = weight.to(kept), None if bias is None else bias.to(kept)
     grad_padded = torch.zeros(x.shape[0], taps - 1 + length, width, dtype=kept, device=x.device)
