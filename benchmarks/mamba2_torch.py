@@ -79,4 +79,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         _measure_here(sys.argv[2], int(sys.argv[3]))
     else:
-        main("mamba2_cpu", rows(), on="cpu")
+        main("mamba2_torch", rows(), on="cpu")
