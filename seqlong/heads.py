@@ -7,9 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from seqlong.kernels.cross_entropy import linear_cross_entropy
+from seqlong.kernels.cross_entropy.op import SMALL
 
-#: Up to this many tokens the last product is computed in float32, whatever the autocast: it costs next to nothing.
-SMALL_VOCABULARY = 1024
 #: Logits held at a time by ``most_likely``, in elements.
 _BUDGET = 1 << 24
 
@@ -71,13 +70,12 @@ class LanguageHead(nn.Module):
             targets: token of each position, or -1.
             z_loss: adds ``z_loss · logsumexp²``, see ``linear_cross_entropy``.
         """
-        hidden = self._operand(hidden)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return linear_cross_entropy(hidden, self.matrix, targets, z_loss=z_loss)
+        return linear_cross_entropy(self._operand(hidden), self.matrix, targets, z_loss=z_loss)
 
     def _operand(self, hidden: Tensor) -> Tensor:
-        """Hidden states in the type that the product with W is to have."""
-        if self.vocab_size <= SMALL_VOCABULARY:
+        """Hidden states in the type that the product with W is to have: float32 for a small vocabulary, where it costs
+        next to nothing, else what autocast says."""
+        if self.vocab_size <= SMALL:
             return hidden if hidden.dtype == torch.float64 else hidden.float()
         device = hidden.device.type
         return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
