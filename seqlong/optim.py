@@ -74,7 +74,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     every: dict[int, nn.Parameter] = {}
     spared: set[int] = set()
     for owner in module.modules():
-        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+        for name, parameter in owner.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
             every[id(parameter)] = parameter

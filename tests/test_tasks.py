@@ -287,8 +287,8 @@ def test_carried_state_makes_two_windows_one_row_and_stops_gradients() -> None:
     assert task.carried is not None
     parts = [task.carried.run(task.backbone, half).hidden for half in halves]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
-    used = torch.autograd.grad(parts[1].sum(), parts[0], allow_unused=True, retain_graph=True)[0]
-    assert used is None
+    parts[0].sum().backward()
+    parts[1].sum().backward()  # does not reach into the graph of the first window, which is gone
     fresh = task.carried.run(task.backbone, halves[0]).hidden  # continues is False
     torch.testing.assert_close(fresh, whole[:, :12], rtol=1e-5, atol=1e-5)
     shorter = dataclasses.replace(
@@ -404,6 +404,10 @@ def test_a_run_goes_on_exactly_in_the_middle_of_its_schedule_and_of_its_log(kind
                 trainer.save_checkpoint(tmp_path / "five.ckpt")
                 trainer.should_stop = True
 
+        def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            # Lightning's count is wrong after a resume at a validation; here more so.
+            checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] = 0
+
     fit(kind, tmp_path, 9, callbacks=[SaveAndStop()])
     plain = torch.load(tmp_path / "five.ckpt", weights_only=True)  # tensors and primitives only
     assert "hyper_parameters" not in plain and plain["seqlong_sums"]["batches"] == 2
@@ -432,8 +436,10 @@ def test_accumulated_batches_are_averaged_and_logged_once_a_step(tmp_path: Path)
     made, _ = fit("causal", tmp_path, 1, accumulate_grad_batches=2, log_every_n_steps=1)
     row = next(row for row in made.logger.rows if "train/loss" in row)  # type: ignore[union-attr]
     fresh = make("causal")
-    losses = [fresh.objective(rows("next", number * ROWS))[0].item() for number in range(2)]
-    assert row["train/loss"] == pytest.approx(sum(losses) / 2, rel=1e-5) and row["step"] == 1
+    found = [fresh.objective(rows("next", number * ROWS)) for number in range(2)]
+    assert row["train/loss"] == pytest.approx(sum(loss.item() for loss, _ in found) / 2, rel=1e-5)
+    nats, count = (sum(figures[name].item() for _, figures in found) for name in ("nats", "count"))
+    assert row["train/bits"] == pytest.approx(nats / count / math.log(2), rel=1e-5) and row["step"] == 1
 
 
 def test_training_learns_and_evaluation_reports(tmp_path: Path) -> None:
