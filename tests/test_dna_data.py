@@ -179,6 +179,8 @@ def test_the_seed_and_nothing_else_changes_the_order(make):
     first = [batch.source for batch in take(make(), 5)]
     assert first == [batch.source for batch in take(make(), 5)]
     assert first != [batch.source for batch in take(make(seed=1), 5)]
+    contigs = [[source[0] for batch in take(make(seed=seed), 20) for source in batch.source] for seed in (0, 1)]
+    assert contigs[0] != contigs[1]  # not the shifts and strands alone
 
 
 def test_stages_warm_the_length_up(make):
