@@ -95,7 +95,7 @@ class RunningSums:
             else:
                 term = torch.tensor(value, dtype=torch.float64)
             before = self._sums.get(name)
-            self._sums[name] = term.clone() if before is None else before.to(term.device) + term
+            self._sums[name] = term if before is None else before.to(term.device) + term
 
     def read(self) -> dict[str, Tensor]:
         """The sums over all ranks, which every rank must ask for together."""
