@@ -24,7 +24,11 @@ SEQLONG = Path(sys.executable).with_name("seqlong")
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    environment |= {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PL_GLOBAL_SEED": ""}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(HERE)]),
+        "OMP_NUM_THREADS": "1",
+        "PL_GLOBAL_SEED": "",
+    }
     environment.pop("PL_GLOBAL_SEED")
     return subprocess.Popen(
         [sys.executable, str(SEQLONG), "fit", f"experiment={HERE / 'toy.yaml'}", "data.path=x", *words],
