@@ -31,7 +31,7 @@ def fit(folder: str, *settings: str) -> dict[str, list[float]]:
 
 def equal_time(folder: str, seconds: float) -> Iterator[Row]:
     """Each model trains for the same time, its schedule fitted to the steps that it can do in it."""
-    common = ("experiment=dna/ecoli", "data.batch_size=4", "trainer.log_every_n_steps=10")
+    common = ("experiment=dna/ecoli", "trainer.log_every_n_steps=10")
     results, speeds, steps = {}, {}, {}
     for model in MODELS:
         probe = fit(folder, *common, f"model={model}", "trainer.max_steps=40", "trainer.limit_val_batches=0")
@@ -60,7 +60,7 @@ def long_rows(folder: str) -> Iterator[Row]:
     """HybriDNA-300M on single rows of 131,072 bases: whole training steps."""
     common = (
         "experiment=dna/pretrain", "data.path=ecoli", "data.stages=null", "data.length=131072", "data.batch_size=1",
-        "trainer.accumulate_grad_batches=1", "trainer.max_steps=8", "trainer.log_every_n_steps=2",
+        "trainer.accumulate_grad_batches=1", "trainer.max_steps=4", "trainer.log_every_n_steps=1",
         "trainer.limit_val_batches=0",
     )  # fmt: skip
     found = {}
