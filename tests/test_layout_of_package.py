@@ -38,6 +38,7 @@ TOP = {
     "cli",
     "compose",
     "config_files",
+    "console",
     "convert",
     "doctor",
     "explain",

@@ -10,7 +10,7 @@ from torch import Tensor
 from seqlong.kernels.precision import accumulation, as_written
 
 #: Rows handled at a time on a CPU, so that the intermediate results of a slice stay in cache.
-TILE = 2048
+TILE = 1024
 
 
 def rms_norm(x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"], eps: float = 1e-5) -> Float[Tensor, "*b d"]:

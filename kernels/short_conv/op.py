@@ -10,7 +10,7 @@ from torch import Tensor
 from seqlong.kernels.precision import accumulation, as_written
 
 #: Tokens handled at a time on a CPU, so that the taps of one slice stay in cache.
-TILE = 4096
+TILE = 1024
 
 
 def _clear(starts: Tensor | None, taps: int) -> list[Tensor | None]:
