@@ -130,7 +130,8 @@ def compose(words: Sequence[str] = (), hardware: str | None = None) -> Composed:
     run = house.setdefault("run", {})
     if isinstance(run, dict) and not run.get("name"):
         experiment = own_file.stem if own_file else choices.get("experiment", "run")
-        run["name"] = experiment.replace("/", "-")
+        model = f"-{choices['model']}" if "model" in chosen and "model" in choices else ""
+        run["name"] = experiment.replace("/", "-") + model
     given = {o.key_or_group: o.input_line for o in parsed}
     return Composed(house, files, given)
 

@@ -256,13 +256,16 @@ def _resolve_checkpoint(wanted: str, composed: Composed | None, overrides: Seque
         if not (run / "checkpoints" / "last.ckpt").is_file():
             raise CheckpointError(f"{run} has no checkpoints/last.ckpt to continue from")
     else:
-        run = runs.newest(settings.get("root", "runs"), settings.get("name"))
+        model = (composed.lightning.get("model") or {}) if composed else {}
+        backbone = (model.get("init_args") or {}).get("backbone")
+        run = runs.newest(settings.get("root", "runs"), settings.get("name"), backbone)
     return run / "checkpoints" / "last.ckpt" if wanted == "last" else runs.best_checkpoint(run)
 
 
 def _run(verb: str, composed: Composed, flags: Sequence[str], checkpoint: Path | None, continued: bool) -> int:
     config = composed.lightning
     config.pop("ckpt_path", None)
+    earlier = runs.read_json(checkpoint.parent.parent / "run.json", None) if continued and checkpoint else None
     with tempfile.TemporaryDirectory(prefix="seqlong-") as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(dump(config))
@@ -280,6 +283,9 @@ def _run(verb: str, composed: Composed, flags: Sequence[str], checkpoint: Path |
         return _ended(verb, cli, "stopped", "KeyboardInterrupt", 130)
     except BaseException as error:
         translated = _translated(error)
+        if earlier is not None and isinstance(translated, CheckpointError):
+            runs.write_json(cli.run_dir / "run.json", earlier)  # nothing happened to that run
+            raise translated from error
         _ended(verb, cli, "failed", f"{type(translated).__name__}: {translated}", 1)
         if translated is error:
             raise

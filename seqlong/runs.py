@@ -25,6 +25,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from seqlong.errors import CheckpointError, ConfigError
 
 log = logging.getLogger("seqlong")
@@ -102,8 +104,10 @@ def create(root: str | Path, name: str, directory: str | Path | None = None) -> 
     raise ConfigError(f"a thousand runs named {name}-{stamp} exist already under {base}")
 
 
-def newest(root: str | Path, name: str | None = None) -> Path:
+def newest(root: str | Path, name: str | None = None, backbone: Any = None) -> Path:
     """The run that was last written to among those that have a last checkpoint (and this name).
+
+    Where several have this name, those with this architecture (the configuration of ``backbone``) come first.
 
     Raises:
         CheckpointError: there is none; lists what there is.
@@ -120,7 +124,23 @@ def newest(root: str | Path, name: str | None = None) -> Path:
             + (f"; the runs that have are named: {others}. Choose one with run.name=NAME" if others else "")
             + ". Without --ckpt_path a new run starts"
         )
-    return matching[-1]
+    alike = [run for run in matching if backbone is not None and _agrees(backbone, _backbone_of(run))]
+    return (alike or matching)[-1]
+
+
+def _backbone_of(run: Path) -> Any:
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        return config["model"]["init_args"]["backbone"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
+def _agrees(part: Any, whole: Any) -> bool:
+    """Whether every setting of ``part`` is the same in ``whole``, which spells out defaults too."""
+    if isinstance(part, dict):
+        return isinstance(whole, dict) and all(_agrees(value, whole.get(key)) for key, value in part.items())
+    return bool(part == whole)
 
 
 def best_checkpoint(run: Path) -> Path:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
+from seqlong.backbone import BackboneConfig
+from seqlong.errors import ConfigError
+from seqlong.mixers import Attention, Bidirectional, Mamba2
+from seqlong.tasks import MaskedLM
 from seqlong.tasks.masking import choose, corrupt, draw
 
 INDEX = torch.arange(64)
 SYMBOLS = torch.tensor([4, 5, 6, 7])
+TINY = BackboneConfig(
+    vocab_size=16,
+    d_model=8,
+    pattern="ba",
+    mixers={
+        "b": partial(Bidirectional, mixer=partial(Mamba2, d_state=4, head_dim=4)),
+        "a": partial(Attention, heads=2, window=5),
+    },
+)
 
 
 def test_a_draw_is_splitmix64_of_the_counters() -> None:
@@ -94,3 +109,29 @@ def test_shares_are_obeyed_at_their_ends() -> None:
     assert bool((corrupt(tokens, chosen, decided, INDEX, 1, SYMBOLS, 1.0, 0.0)[chosen] == 1).all())
     assert torch.equal(corrupt(tokens, chosen, decided, INDEX, 1, SYMBOLS, 0.0, 0.0), tokens)
     assert not bool((corrupt(tokens, chosen, decided, INDEX, 1, SYMBOLS, 0.0, 1.0) == 1).any())
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"rate": 1.0}, r"rate 1\.0 must lie between 0 and 1"),
+        ({"span": 0.5}, r"span 0\.5 must be 1 or more"),
+        ({"mask_share": 0.8, "random_share": 0.3}, "at most 1 together"),
+        ({"replacements": (4, 16)}, "below the vocabulary size 16"),
+        ({"replacements": (1, 4)}, "mask_token 1 must, which is not one of them"),
+        ({"replacements": ()}, "must name tokens"),
+    ],
+)
+def test_masked_settings_out_of_range(settings: dict, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        MaskedLM(TINY, **settings)
+
+
+def test_description() -> None:
+    found = MaskedLM(TINY).describe()
+    assert found["pattern"] == ["b", "a"] and found["name"] == "MaskedLM"
+    assert [block["mixer"] for block in found["blocks"]] == ["Bidirectional(Mamba2)", "Attention"]
+    assert [block["ffn"] for block in found["blocks"]] == ["SwiGLU"] * 2
+    rest = 16 * 8 + 8  # embedding, last norm
+    assert found["parameters"] == sum(block["parameters"] for block in found["blocks"]) + rest
+    assert found["d_model"] == 8 and found["vocab_size"] == 16 and found["head"]["name"] == "tied"

@@ -66,10 +66,10 @@ def test_mamba2(groups: int) -> None:
 
 
 def _llama(window: int | None) -> tuple[nn.Module, Backbone]:
-    settings = dict(
-        vocab_size=16, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=512,
-    )  # fmt: skip
+    settings = {
+        "vocab_size": 16, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
+    }  # fmt: skip
     if window is None:
         oracle = transformers.LlamaModel(transformers.LlamaConfig(**settings))
     else:

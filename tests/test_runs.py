@@ -23,6 +23,19 @@ def finished(root: Path, name: str, age: float) -> Path:
     return run
 
 
+def test_newest_prefers_the_same_architecture(tmp_path: Path) -> None:
+    def with_width(age: float, width: int) -> Path:
+        run = finished(tmp_path, "a", age)
+        backbone = {"d_model": width, "norm": "rms"}
+        runs.atomic_write(run / "config.yaml", json.dumps({"model": {"init_args": {"backbone": backbone}}}))
+        return run
+
+    narrow, wide = with_width(2, 8), with_width(1, 16)
+    assert runs.newest(tmp_path, "a", {"d_model": 8}) == narrow
+    assert runs.newest(tmp_path, "a", {"d_model": 16, "norm": "rms"}) == wide
+    assert runs.newest(tmp_path, "a", {"d_model": 32}) == runs.newest(tmp_path, "a") == wide
+
+
 def test_two_runs_of_one_second_have_two_folders(tmp_path: Path) -> None:
     found = {runs.create(tmp_path / "runs", "a") for _ in range(5)}
     assert len(found) == 5 and all(path.is_dir() and path.name.startswith("a-") for path in found)

@@ -466,16 +466,6 @@ def test_compiling_is_once_a_block_and_changes_no_name(tmp_path: Path, monkeypat
     assert len(compiled) == 2
 
 
-def test_description() -> None:
-    found = MaskedLM(config("ba")).describe()
-    assert found["pattern"] == ["b", "a"] and found["name"] == "MaskedLM"
-    assert [block["mixer"] for block in found["blocks"]] == ["Bidirectional(Mamba2)", "Attention"]
-    assert [block["ffn"] for block in found["blocks"]] == ["SwiGLU"] * 2
-    rest = 16 * 8 + 8  # embedding, last norm
-    assert found["parameters"] == sum(block["parameters"] for block in found["blocks"]) + rest
-    assert found["d_model"] == 8 and found["vocab_size"] == 16 and found["head"]["name"] == "tied"
-
-
 class Vocabulary:
     size, mask, replacements = 16, 1, (4, 5, 6, 7)
 
@@ -503,22 +493,6 @@ def test_data_made_for_something_else(kind: str, data: dict, complaint: str, tmp
     facts = {"targets": task.targets, "vocabulary": Vocabulary(), **data}
     with pytest.raises(ConfigError, match=complaint):
         trainer(tmp_path, 1).fit(task, datamodule=Data(**facts))
-
-
-@pytest.mark.parametrize(
-    ("settings", "complaint"),
-    [
-        ({"rate": 1.0}, r"rate 1\.0 must lie between 0 and 1"),
-        ({"span": 0.5}, r"span 0\.5 must be 1 or more"),
-        ({"mask_share": 0.8, "random_share": 0.3}, "at most 1 together"),
-        ({"replacements": (4, 16)}, "below the vocabulary size 16"),
-        ({"replacements": (1, 4)}, "mask_token 1 must, which is not one of them"),
-        ({"replacements": ()}, "must name tokens"),
-    ],
-)
-def test_masked_settings_out_of_range(settings: dict, complaint: str) -> None:
-    with pytest.raises(ConfigError, match=complaint):
-        make("masked", **settings)
 
 
 def test_wrong_mixers_for_the_task(caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,7 @@ from seqlong.mixers.base import Mixer, MixerState
 
 @dataclass
 class Mamba2State(MixerState):
-    """Shapes: ssm ``(b h k v)`` float32, k = d_state, v = head_dim; conv ``(b r c)``, the last conv_width - 1 inputs."""
+    """Shapes: ssm ``(b h k v)`` float32, k = d_state, v = head_dim; conv ``(b r c)``, the last r = w - 1 inputs."""
 
     ssm: Float[Tensor, "b h k v"]
     conv: Float[Tensor, "b r c"]
