@@ -27,12 +27,12 @@ def rows(folder: str, seconds: float) -> Iterator[Row]:
         floor = next((name, values[-1]) for name, values in metrics.items() if name.startswith("floor/markov"))
         print(model, f"{steps[model]} steps", f"val/bits {metrics['val/bits']}", flush=True)
     hybrid, what = MODELS[0], "validation bits per base"
-    name = f"{hybrid}, {seconds:.0f} s, {steps[hybrid]} steps of 32,768 bases"
+    name = f"{seconds:.0f} s of training, rows of 8,192"
     yield Row(name, what, bits[hybrid], "bits", floor[0].removeprefix("floor/"), floor[1])
     for other in MODELS[1:]:
-        yield Row(name, what, bits[hybrid], "bits", f"{other}, {steps[other]} steps", bits[other])
+        yield Row(name, what, bits[hybrid], "bits", other, bits[other])
     for other in MODELS[1:]:
-        yield Row("rows of 8,192 bases", "training speed", speeds[hybrid], "tokens/s", other, speeds[other])
+        yield Row("rows of 8,192", "training speed", speeds[hybrid], "tokens/s", other, speeds[other])
 
 
 if __name__ == "__main__":
