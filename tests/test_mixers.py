@@ -172,6 +172,18 @@ def test_packed_rows_split_anywhere_are_the_whole(name: str, cuts: list[int]) ->
 
 
 @pytest.mark.parametrize("name", CAUSAL)
+def test_a_row_goes_on_after_a_window_that_ended_in_padding(name: str) -> None:
+    mixer, hidden = make(name), rows(14)
+    first = SequenceLayout.build(2, 8, torch.tensor([[1] * 5 + [0] * 3, [1] * 8], dtype=torch.int32))
+    _, state = mixer(hidden[:, :8], first, mixer.initial_state(2, "cpu", torch.float64))
+    second = SequenceLayout.build(2, 6, torch.ones(2, 6, dtype=torch.int32), offset=torch.tensor([5, 8]))
+    found = mixer(hidden[:, 8:], second, state)[0]
+    for row, real in ((0, 5), (1, 8)):
+        alone = torch.cat([hidden[row : row + 1, :real], hidden[row : row + 1, 8:]], dim=1)
+        close(found[row], mixer(alone, plain(real + 6, 1))[0][0, real:])
+
+
+@pytest.mark.parametrize("name", CAUSAL)
 def test_a_row_that_is_not_kept_starts_afresh(name: str) -> None:
     mixer, hidden = make(name), rows(12)
     state = mixer.initial_state(2, "cpu", torch.float64)
