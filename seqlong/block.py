@@ -79,17 +79,19 @@ def run_block(
         return save(block, hidden, layout, state, context_fn=contexts)
     if checkpointing == "block":
         return save(block, hidden, layout, state)
-    cuts = [(a, min(a + tile, hidden.shape[1])) for a in range(0, hidden.shape[1], tile)]
+    # Cut by split, whose backward joins the gradients once; that of a slice is as long as the whole row, each time.
     if not (block.mixer.causal and block.mixer.bounded_state):
         hidden, state = save(block.mix, hidden, layout, state)
-        return torch.cat([save(block.feed, hidden[:, a:z]) for a, z in cuts], dim=1), state
+        return torch.cat([save(block.feed, part) for part in hidden.split(tile, dim=1)], dim=1), state
     carried = state
     if carried is None:
         carried = block.mixer.initial_state(hidden.shape[0], hidden.device, hidden.dtype)
-    outputs = []
-    for a, z in cuts:
-        output, carried = save(block, hidden[:, a:z], layout.slice(a, z), carried)
+    outputs, start = [], 0
+    for part in hidden.split(tile, dim=1):
+        stop = start + part.shape[1]
+        output, carried = save(block, part, layout.slice(start, stop), carried)
         outputs.append(output)
+        start = stop
     return torch.cat(outputs, dim=1), None if state is None else carried
 
 

@@ -81,6 +81,14 @@ def _block_mask(
     return bias.masked_fill(~seen, -torch.inf).to(like.dtype)
 
 
+def _range(pieces: tuple[Tensor, ...], left: int, right: int) -> Tensor:
+    """Positions left to right of a sequence that was split into pieces of ``BLOCK``."""
+    first = left // BLOCK
+    near = pieces[first : max(first + 1, -(-right // BLOCK))]
+    joined = near[0] if len(near) == 1 else torch.cat(near, dim=1)
+    return joined[:, left - first * BLOCK : right - first * BLOCK]
+
+
 def _by_blocks(
     q: Tensor,
     k: Tensor,
@@ -96,7 +104,9 @@ def _by_blocks(
     plain = query_ids is None and slopes is None
     masks: dict[tuple[int, int, int], Tensor] = {}
     outputs = []
-    for start in range(0, length, BLOCK):
+    # Pieces by split, whose backward joins the gradients once; that of a slice is as long as the whole row, each time.
+    queries, pieces = q.split(BLOCK, dim=1), (k.split(BLOCK, dim=1), v.split(BLOCK, dim=1))
+    for qb, start in zip(queries, range(0, length, BLOCK), strict=False):
         stop = min(start + BLOCK, length)
         left = 0 if window is None else max(0, offset + start - window + 1)
         right = offset + stop if causal else keys if window is None else min(keys, offset + stop + window - 1)
@@ -106,7 +116,7 @@ def _by_blocks(
             mask = _block_mask(here, there, offset, causal, window, query_ids, key_ids, slopes, qb)
             return _fused(qb, kb, vb, causal=False, mask=mask)
 
-        qb, kb, vb = q[:, here], k[:, there], v[:, there]
+        kb, vb = (_range(parts, left, right) for parts in pieces)
         if plain:  # the same few masks serve every block, so they may be kept
             key = (stop - start, right - left, offset + start - left)
             if key not in masks:
@@ -124,17 +134,16 @@ def _by_segments(
 ) -> Tensor:
     outputs = []
     for row, segments in enumerate(boundaries):
-        one = slice(row, row + 1)
+        sizes = [z - a for a, z in segments]
+        padding = q.shape[1] - sum(sizes)
+        split = [x[row : row + 1].split([*sizes, padding], dim=1) for x in (q, k, v)]
         parts = []
-        for a, z in segments:
-            here = (q[one, a:z], k[one, a:z], v[one, a:z])
-            if slopes is None and (window is None or window >= z - a):
-                parts.append(_fused(*here, causal=causal))
+        for size, qs, ks, vs in zip(sizes, *split, strict=False):  # without the padding
+            if slopes is None and (window is None or window >= size):
+                parts.append(_fused(qs, ks, vs, causal=causal))
             else:
-                parts.append(_by_blocks(*here, causal, window, None, None, slopes))
-        done = segments[-1][1] if segments else 0
-        if done < q.shape[1]:
-            parts.append(v.new_zeros(1, q.shape[1] - done, q.shape[2], v.shape[3]))
+                parts.append(_by_blocks(qs, ks, vs, causal, window, None, None, slopes))
+        parts.append(v.new_zeros(1, padding, q.shape[2], v.shape[3]))
         outputs.append(torch.cat(parts, dim=1))
     return torch.cat(outputs)
 
