@@ -54,7 +54,7 @@ class BackboneConfig:
         """One letter a block.
 
         Raises:
-            ConfigError: an empty pattern, a letter that ``mixers`` lacks, a mixer that the pattern never uses.
+            ConfigError: an empty pattern, a letter that ``mixers`` lacks.
         """
         letters = "".join(self.pattern.split())
         known = ", ".join(f"'{letter}'" for letter in self.mixers) or "none"
@@ -109,9 +109,12 @@ class Backbone(nn.Module):
         for letter in self.letters:
             try:
                 mixer = config.mixers[letter](config.d_model)
-                ffn = None if config.ffn is None else config.ffn(config.d_model)
             except ValueError as error:
                 raise ConfigError(f"backbone.mixers.{letter}: {error}") from error
+            try:
+                ffn = None if config.ffn is None else config.ffn(config.d_model)
+            except ValueError as error:
+                raise ConfigError(f"backbone.ffn: {error}") from error
             blocks.append(Block(config.d_model, mixer, ffn, norm))
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(config.d_model)

@@ -71,9 +71,11 @@ def run_block(
       run in tiles, with the state carried from one to the next. Exact, because a row split anywhere is the row. A
       mixer whose state grows (full attention) is run whole, and only the feed-forward half in tiles.
     """
-    if checkpointing == "none" or not torch.is_grad_enabled():
+    if checkpointing == "none" or (checkpointing != "tiled" and not torch.is_grad_enabled()):
         return block(hidden, layout, state)
-    save = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    save: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if not torch.is_grad_enabled():
+        save = _call
     if checkpointing == "selective":
         contexts = partial(create_selective_checkpoint_contexts, _keep_products)
         return save(block, hidden, layout, state, context_fn=contexts)
@@ -93,6 +95,10 @@ def run_block(
         outputs.append(output)
         start = stop
     return torch.cat(outputs, dim=1), None if state is None else carried
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 _KEPT = {"mm", "addmm", "bmm", "linear", "scalar_decay_chunked"}

@@ -222,8 +222,18 @@ def to_house(lightning: dict[str, Any]) -> dict[str, Any]:
         house[target] = {"class_path": node.get("class_path"), **arguments}
     trainer = dict(rest.pop("trainer", None) or {})
     if isinstance(trainer.get("callbacks"), list):
-        trainer["callbacks"] = {callback_name(node): node for node in trainer["callbacks"]}
+        trainer["callbacks"] = dict(zip(callback_names(trainer["callbacks"]), trainer["callbacks"], strict=True))
     return {**house, "trainer": trainer, **rest}
+
+
+def callback_names(nodes: Sequence[Any]) -> list[str]:
+    """A name for each callback of a list; the second of a class is ``name_2``."""
+    names: list[str] = []
+    for node in nodes:
+        name = callback_name(node)
+        count = sum(re.sub(r"_\d+$", "", other) == name for other in names)
+        names.append(f"{name}_{count + 1}" if count else name)
+    return names
 
 
 def callback_name(node: Any) -> str:
@@ -242,7 +252,7 @@ def house_path(path: Sequence[str | int], lightning: dict[str, Any]) -> list[str
         case ["data", "init_args", *rest]:
             return ["data", *rest]
         case ["trainer", "callbacks", int(index), *rest]:
-            return ["trainer", "callbacks", callback_name(lightning["trainer"]["callbacks"][index]), *rest]
+            return ["trainer", "callbacks", callback_names(lightning["trainer"]["callbacks"])[index], *rest]
         case ["seed_everything"]:
             return ["seed"]
         case other:

@@ -311,7 +311,8 @@ def _ended(verb: str, cli: SeqlongCLI, status: str, error: str | None, code: int
             _print_metrics(cli.trainer)
         log.info("%s: %s", status, _relative(folder))
         if status == "stopped" and verb == "fit":
-            log.info("continue with --ckpt_path last")
+            saved = (folder / "checkpoints" / "last.ckpt").is_file()
+            log.info("continue with --ckpt_path last" if saved else "nothing to continue: no step was finished")
     for process in processes:
         try:
             process.wait(timeout=5)

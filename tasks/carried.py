@@ -55,7 +55,9 @@ class CarriedState:
             state = self._begin(backbone, batch)
         output = backbone(batch, state)
         assert output.state is not None
-        self._state, self._shape = output.state.detach(), batch.shape
+        # A step that went wrong is skipped; the rows that it left without a finite state start afresh.
+        finite = output.hidden.detach().isfinite().flatten(1).all(dim=1)
+        self._state, self._shape = output.state.detach().keep(finite), batch.shape
         return output
 
     def saved(self) -> dict[str, int | list[Tensor]]:

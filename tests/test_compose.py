@@ -76,6 +76,14 @@ def test_the_two_forms_are_inverse() -> None:
     assert callback_name({"class_path": "a.FiniteGuard"}) == "finite_guard"
 
 
+def test_two_callbacks_of_one_class_stay_two() -> None:
+    twins = [{"class_path": "a.Foo", "init_args": {"i": number}} for number in (1, 2)]
+    lightning = {"trainer": {"callbacks": twins}}
+    assert list(to_house(lightning)["trainer"]["callbacks"]) == ["foo", "foo_2"]
+    assert to_lightning(to_house(lightning))["trainer"]["callbacks"] == twins
+    assert house_path(["trainer", "callbacks", 1, "init_args", "i"], lightning)[2] == "foo_2"
+
+
 @pytest.mark.parametrize(
     ("path", "expected"),
     [

@@ -291,6 +291,9 @@ def test_several_files_are_one_genome(tmp_path):
     assert genome.bases == 12 and text_of(genome.read(3, 0, 2)) == "GG"
     with pytest.raises(DataError, match=r"'chr1' is in several of .*write it with its file, as 'x\.fa:chr1'"):
         genome.number("chr1")
+    (tmp_path / "copy.fa").write_bytes((tmp_path / "x.fa").read_bytes())
+    with pytest.raises(DataError, match=r"copy\.fa has the same content as .*x\.fa"):
+        Genome.open([tmp_path / "x.fa", tmp_path / "copy.fa"], tmp_path / "c")
     with pytest.raises(DataError, match=r"is listed twice"):
         Genome.open([tmp_path / "x.fa", tmp_path / "x.fa"], tmp_path / "c")
     with pytest.raises(DataError, match=r"found an empty list"):

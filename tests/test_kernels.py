@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.utils._python_dispatch
 from torch import Tensor
 
 from seqlong.kernels import dispatch
@@ -260,3 +261,30 @@ def test_custom_ops_are_registered_rightly(with_state: bool) -> None:
     torch.library.opcheck(chunked.scalar_decay_chunked, (*needs, starts, state), test_utils=checks)
     x, weight = torch.randn(1, 9, 4, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     torch.library.opcheck(conv_op._short_conv, (x, weight, None, None, torch.zeros(1, 2, 4)), test_utils=checks)
+
+
+def test_attention_cannot_be_forced_into_what_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 30, 1, 4, dtype=torch.float64)
+    ids = torch.tensor([[1] * 11 + [2] * 19])
+    monkeypatch.setenv("SEQLONG_KERNELS", "sdpa")
+    for way in ({"window": 8}, {"query_ids": ids, "key_ids": ids}, {"slopes": torch.ones(1, dtype=torch.float64)}):
+        agree([attention(q, q, q, **way)], [attention(q, q, q, implementation="reference", **way)], tol=1e-11)
+        with pytest.raises(ValueError, match="no implementation 'sdpa'"):
+            attention(q, q, q, implementation="sdpa", **way)
+
+
+def test_the_backward_of_blocks_touches_each_position_a_few_times_only() -> None:
+    """Slices of a long row would each leave a gradient as long as the row: time and memory would grow with t²."""
+    q = torch.randn(1, 64 * attention_op.BLOCK, 1, 4, requires_grad=True)
+    out = attention(q, q, q, window=8)
+    sizes: list[int] = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            sizes.append(result.numel() if isinstance(result, Tensor) else 0)
+            return result
+
+    with Sizes():
+        out.sum().backward()
+    assert sum(size >= q.numel() for size in sizes) < 64

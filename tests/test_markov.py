@@ -100,3 +100,22 @@ def test_nothing_to_score(tmp_path):
     genome = genome_of(tmp_path, a="ACGT" * 30, n="N" * 50)
     with pytest.raises(DataError, match=r"the validation regions hold no known base"):
         markov_floor(genome, [Region(0, 0, 120)], [Region(1, 0, 50)])
+
+
+def test_counts_beyond_32_bits(tmp_path, monkeypatch):
+    """A human genome's worth of bases, by its counts: sums over contexts pass 2^31."""
+    genome = genome_of(tmp_path, a="ACGT" * 50)
+    region = Region(0, 0, 200)
+    count = markov._count
+
+    def scaled(*arguments):
+        top = count(*arguments)[-1].astype(np.int64)
+        factor = 2**33 // int(top.sum())
+        tables = [top * factor]
+        for _ in range(arguments[2]):
+            tables.append(tables[-1].reshape(4, -1).sum(axis=0, dtype=tables[-1].dtype))
+        return tables[::-1]
+
+    monkeypatch.setattr(markov, "_count", scaled)
+    assert all(0 <= bits < 2.1 for bits in markov_floor(genome, [region], [region], 2).by_order)
+    assert all(table.dtype == np.int64 for table in count(genome, [region], 2))

@@ -286,6 +286,17 @@ def test_checkpointing_changes_memory_only(name: str, checkpointing: str) -> Non
         close(found, expected)
 
 
+@pytest.mark.parametrize("name", ["mamba2", "attention_rope", "attention_window"])
+def test_tiles_serve_evaluation_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = Block(WIDTH, make(name), SwiGLU(WIDTH).double(), RMSNorm).double()
+    lengths: list[int] = []
+    monkeypatch.setattr(block.ffn, "forward", lambda x, run=block.ffn.forward: lengths.append(x.shape[1]) or run(x))
+    hidden = rows(23)
+    with torch.no_grad():
+        close(run_block(block, hidden, plain(23), None, "tiled", tile=4)[0], block(hidden, plain(23))[0])
+    assert lengths[:-1] == [4, 4, 4, 4, 4, 3], "the row was not run in tiles"
+
+
 def compile_every_mixer() -> None:
     """Traced whole (no graph break), forward and backward, with torch's own operators as the back end."""
     for name in MIXERS:

@@ -57,6 +57,11 @@ class Genome:
             twice = next(path for path in several if several.count(path) > 1)
             raise DataError(f"path: {twice} is listed twice")
         stores = [GenomeStore.build_or_open(path, cache_dir, "all" if circular == "all" else ()) for path in several]
+        first: dict[str, str | Path] = {}
+        for path, store in zip(several, stores, strict=True):
+            same = first.setdefault(store.digest, path)
+            if same is not path:
+                raise DataError(f"path: {path} has the same content as {same}, so what one trains on the other tests")
         if not isinstance(circular, str):
             genome = cls(stores)
             rings = [genome._places[genome.number(name, "circular")] for name in circular]

@@ -69,7 +69,7 @@ def markov_floor(
     return _score(genome, scored, _count(genome, training, max_order))
 
 
-def _count(genome: Genome, training: Iterable[Region], max_order: int) -> list[NDArray[np.int32]]:
+def _count(genome: Genome, training: Iterable[Region], max_order: int) -> list[NDArray[np.int64]]:
     """For every order k the counts of the (k + 1)-mers on both strands; the last base is the lowest digit.
 
     The longest words alone are counted, and the shorter from them, so that the ``max_order`` bases after a region's
@@ -83,16 +83,18 @@ def _count(genome: Genome, training: Iterable[Region], max_order: int) -> list[N
         top[whole[first]] += np.diff(first, append=whole.size).astype(np.int32)
     # Reverse complement of every (k + 1)-mer at once: digits in reverse order, each d turned to 3 - d.
     cube = top.reshape((4,) * (max_order + 1))
-    top = (cube + cube.transpose()[(slice(None, None, -1),) * (max_order + 1)]).reshape(-1)
+    # Sums over contexts pass 2^31 on a genome as large as ours, so they are counted in 64 bits from here on.
+    other = cube.transpose()[(slice(None, None, -1),) * (max_order + 1)]
+    top = np.add(cube, other, dtype=np.int64).reshape(-1)
     counts = [top]
     for _ in range(max_order):  # shorter contexts: sum over the oldest base, the highest digit
-        counts.append(counts[-1].reshape(4, -1).sum(axis=0, dtype=np.int32))
+        counts.append(counts[-1].reshape(4, -1).sum(axis=0, dtype=np.int64))
     return counts[::-1]
 
 
-def _score(genome: Genome, scored: Iterable[Region], counts: list[NDArray[np.int32]]) -> MarkovFloor:
+def _score(genome: Genome, scored: Iterable[Region], counts: list[NDArray[np.int64]]) -> MarkovFloor:
     max_order = len(counts) - 1
-    contexts = [table.reshape(-1, 4).sum(axis=1, dtype=np.int32) for table in counts]
+    contexts = [table.reshape(-1, 4).sum(axis=1, dtype=np.int64) for table in counts]
     bits, bases = np.zeros((len(SMOOTHING), max_order + 1)), 0
     weight = np.array(SMOOTHING, dtype=np.float32)[:, None]
     for codes, run in _chunks(genome, scored, max_order):

@@ -101,7 +101,7 @@ def _by_blocks(
 ) -> Tensor:
     length, keys = q.shape[1], k.shape[1]
     offset = keys - length
-    plain = query_ids is None and slopes is None
+    plain = query_ids is None and slopes is None and window is not None
     masks: dict[tuple[int, int, int], Tensor] = {}
     outputs = []
     # Pieces by split, whose backward joins the gradients once; that of a slice is as long as the whole row, each time.
@@ -214,18 +214,17 @@ def attention(
     Returns:
         The mixed values, in v's type. Time O(t s), or O(t window); memory O(t).
     """
-    plain = window is None and slopes is None
     cached = k.shape[1] != q.shape[1]
     flash = _varlen_options(q, causal, window)
-    if query_ids is None and plain and (not cached or not causal or q.shape[1] == 1):
-        preferred = "sdpa"
-    elif slopes is None and (query_ids is None or boundaries is not None) and not cached and flash is not None:
-        preferred = "varlen"
-    elif boundaries is not None and not cached:
-        preferred = "segments"
-    else:
-        preferred = "blocks"
-    choice = choose("attention", OFFERED, preferred, implementation).implementation
+    possible = ["blocks", "reference"]  # these do everything; what else can serve depends on what is asked
+    if boundaries is not None and not cached:
+        possible.insert(0, "segments")
+    if slopes is None and flash is not None and not cached and (query_ids is None or boundaries is not None):
+        possible.insert(0, "varlen")
+    if query_ids is None and window is None and slopes is None and (not cached or not causal or q.shape[1] == 1):
+        possible.insert(0, "sdpa")
+    offered = {name: OFFERED[name] for name in possible}
+    choice = choose("attention", offered, possible[0], implementation).implementation
     if choice == "reference":
         return attention_reference(q, k, v, causal, window, query_ids, key_ids, slopes)
     if choice == "sdpa":

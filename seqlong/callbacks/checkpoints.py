@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from seqlong.errors import CheckpointError
+from seqlong.errors import CheckpointError, ConfigError, nearest
 
 log = logging.getLogger("seqlong")
 
@@ -129,6 +129,12 @@ class Checkpoints(Checkpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
+        if self.monitor and value is None and trainer.callback_metrics:
+            known = sorted(name for name in trainer.callback_metrics if "/" in name)
+            raise ConfigError(
+                f"trainer.callbacks.checkpoints: monitor is '{self.monitor}', which validation does not measure"
+                f"{nearest(self.monitor, known)}; it measures {', '.join(known)}"
+            )
         if value is not None and self._better(float(value)):
             self._save_best(trainer, float(value))
         elif trainer.should_stop:

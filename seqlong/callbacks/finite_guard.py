@@ -77,6 +77,9 @@ class FiniteGuard(Callback):
             f"{count} of {total} parameters); {loss}{origin}"
         )
         if self.in_a_row >= self.patience:
+            for callback in trainer.checkpoint_callbacks:
+                if hasattr(callback, "save_last"):
+                    callback.save_last(trainer)  # the weights are those before the first skipped step
             raise TrainingError(
                 f"{text}. {self.in_a_row} steps in a row were skipped, so the run stops. Lower the learning rate or "
                 "trainer.gradient_clip_val, or use trainer.precision=32-true; "

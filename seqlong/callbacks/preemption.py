@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from pathlib import Path
@@ -72,9 +73,11 @@ class Preemption(Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking or not self._agreed(pl_module):
             return
         self._announce(trainer)
-        for callback in trainer.checkpoint_callbacks:
-            if hasattr(callback, "save_last"):
-                callback.save_last(trainer)
+        savers = [callback for callback in trainer.checkpoint_callbacks if hasattr(callback, "save_last")]
+        for callback in savers:
+            callback.save_last(trainer, must=True)
+        if not savers:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
         raise Preempted(self.reason)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,4 +118,8 @@ class Preemption(Callback):
         if number == signal.SIGINT and self._received == signal.SIGINT:
             self._restore()
             raise KeyboardInterrupt
+        if self._received is None and os.environ.get("LOCAL_RANK", "0") == "0":
+            # A step may be long: answer now. (os.write, because print is not safe inside a signal handler.)
+            again = "; Ctrl-C again to stop at once, without saving" if number == signal.SIGINT else ""
+            os.write(2, f"\n{signal.Signals(number).name}: saving and stopping after this step{again}\n".encode())
         self._received = number

@@ -29,7 +29,8 @@ class AttentionState(MixerState):
 
     def keep(self, rows: Bool[Tensor, "b"]) -> AttentionState:
         kept = rows[:, None].expand(self.keys.shape[:2])
-        return AttentionState(self.keys, self.values, kept if self.valid is None else self.valid & kept)
+        keys, values = (value.where(rows[:, None, None, None], 0) for value in (self.keys, self.values))
+        return AttentionState(keys, values, kept if self.valid is None else self.valid & kept)
 
 
 class Attention(Mixer):
@@ -71,7 +72,7 @@ class Attention(Mixer):
         if head_dim is None and d_model % heads:
             raise ValueError(f"Attention needs d_model divisible by heads, found d_model={d_model}, heads={heads}")
         self.head_dim = d_model // heads if head_dim is None else head_dim
-        if self.heads % self.kv_heads:
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ValueError(f"Attention needs heads divisible by kv_heads, found {self.heads} and {self.kv_heads}")
         if positions == "rope" and self.head_dim % 2:
             raise ValueError(f"rope needs an even head_dim, found {self.head_dim}")
