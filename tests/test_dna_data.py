@@ -350,7 +350,7 @@ def test_the_split_is_printed_once(make, capsys):
 @pytest.mark.parametrize("name", ["ecoli", "genome"])
 def test_configurations_build(name, tmp_path):
     folder = seqlong.configs.__path__[0]
-    with open(f"{folder}/data/ecoli.yaml") as file:
+    with open(f"{folder}/data/genome.yaml") as file:
         config = yaml.safe_load(file)
     with open(f"{folder}/data/{name}.yaml") as file:
         config |= {key: value for key, value in yaml.safe_load(file).items() if key != "defaults"}
