@@ -1,0 +1,56 @@
+"""Whether Triton kernels can run here, and what a launch needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+#: Triton's interpreter runs kernels on the CPU, slowly: for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+#: Oldest GPUs whose tensor cores have bfloat16.
+MIN_CAPABILITY = (8, 0)
+
+
+@lru_cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def triton_runs_on(device: torch.device | str) -> str | None:
+    """None if Triton kernels run on ``device``, else the reason why they do not."""
+    device = torch.device(device)
+    if not _installed():
+        return "triton is not installed"
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"a {device.type} has no Triton"
+    found = _capability(torch.cuda.current_device() if device.index is None else device.index)
+    if found < MIN_CAPABILITY:
+        wanted, has = (".".join(map(str, version)) for version in (MIN_CAPABILITY, found))
+        return f"compute capability {has} is below {wanted}"
+    return None
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cpu" if INTERPRETED else "cuda")
+
+
+def use_allocator() -> None:
+    """Give Triton memory for tensor descriptors made on the device.
+
+    Triton keeps the allocator in a context variable, which autograd's backward thread does not inherit: call this
+    before every launch, not once.
+    """
+    import triton
+
+    triton.set_allocator(_scratch)
