@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +17,16 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+# Without a GPU Triton kernels run in Triton's interpreter. It looks as a kernel is decorated, so this comes before any
+# of seqlong is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if importlib.util.find_spec("triton") is not None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    import triton_on_cpu
+
+    triton_on_cpu.install()
 
 
 @pytest.fixture(autouse=True)
