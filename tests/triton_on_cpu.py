@@ -82,27 +82,31 @@ def _hold_bfloat16_as_float32(interpreter: Any) -> None:
     def is_bfloat16(dtype: Any) -> bool:
         return getattr(dtype, "scalar", dtype) == bfloat16
 
-    stock_fits = interpreter._validate_np_data_size
     stock_numpy_type = interpreter._get_np_dtype
-
-    def fits(array: np.ndarray, dtype: Any) -> bool:
-        return array.itemsize <= 4 if is_bfloat16(dtype) else stock_fits(array, dtype)
 
     def numpy_type(dtype: Any) -> np.dtype:
         return np.dtype(np.float32) if is_bfloat16(dtype) else stock_numpy_type(dtype)
 
-    interpreter._validate_np_data_size = fits
     interpreter._get_np_dtype = numpy_type
+    if hasattr(interpreter, "_validate_np_data_size"):  # Triton 3.5 and later
+
+        def fits(
+            array: np.ndarray, dtype: Any, stock: Callable[..., bool] = interpreter._validate_np_data_size
+        ) -> bool:
+            return array.itemsize <= 4 if is_bfloat16(dtype) else stock(array, dtype)
+
+        interpreter._validate_np_data_size = fits
 
     # Every result is a new handle: round there, and no operation can be forgotten. Comparisons keep bool data.
-    stock_check = handle_type.__post_init__
+    stock_start = handle_type.__init__
 
-    def check_and_round(self: Any) -> None:
-        stock_check(self)
-        if is_bfloat16(self.dtype) and np.asarray(self.data).dtype.kind == "f":
-            self.data = rounded(np.asarray(self.data))
+    def start(self: Any, data: Any, dtype: Any, *attributes: Any) -> None:
+        if is_bfloat16(dtype) and np.asarray(data).dtype.kind == "f":
+            data = rounded(np.asarray(data))
+        stock_start(self, data, dtype, *attributes)
 
-    handle_type.__post_init__ = check_and_round
+    handle_type.__init__ = start
+    builder.get_bf16 = lambda self, value: handle_type(np.array([value], dtype=np.float32), bfloat16)
 
     stock_load, stock_store = builder.create_masked_load, builder.create_masked_store
 
@@ -191,6 +195,7 @@ def _loop_variables_are_tensors(interpreter: Any) -> None:
     def patch_language(lang: Any, *scope: Any) -> None:
         stock_patch(lang, *scope)
         lang.range = loop  # the scope, where there is one, has noted what to put back
+        lang.tensor.__index__ = lambda self: int(self.handle.data.item())  # older ones fail with NumPy 2.4
 
     def transform(self: Any, source: str) -> Any:
         tree = stock_transform(self, source)
