@@ -1,3 +1,3 @@
-from seqlong.kernels.scalar_decay.op import scalar_decay
+from seqlong.kernels.scalar_decay.op import scalar_decay, ssd
 
-__all__ = ["scalar_decay"]
+__all__ = ["scalar_decay", "ssd"]

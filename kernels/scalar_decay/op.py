@@ -1,26 +1,62 @@
-"""scalar_decay: the public function."""
+"""scalar_decay and ssd: the public functions."""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqlong.kernels.dispatch import choose
+from seqlong.kernels.dispatch import Choice, choose
+from seqlong.kernels.precision import accumulation
+from seqlong.kernels.runtime import triton_runs_on
 from seqlong.kernels.scalar_decay.chunked import scalar_decay_chunked
+from seqlong.kernels.scalar_decay.plan import CHUNKS, NOTHING, SEGMENTS, power
 from seqlong.kernels.scalar_decay.reference import scalar_decay_reference
 
-OFFERED = {"chunked": "matrix products over chunks in torch, any device", "reference": "float64 loop over tokens"}
+OFFERED = {
+    "triton": "Triton kernels on this GPU",
+    "chunked": "matrix products over chunks in torch, any device",
+    "reference": "float64 loop over tokens",
+}
+#: Widest heads that the Triton kernels hold on chip.
+WIDEST = 256
+
+
+def why_not_triton(q: Tensor, v: Tensor) -> str | None:
+    """None if the Triton kernels serve these inputs, else the reason why not."""
+    reason = triton_runs_on(v.device)
+    if reason is not None:
+        return reason
+    if v.dtype not in (torch.bfloat16, torch.float32) or q.dtype != v.dtype:
+        return f"Triton kernels are for bfloat16 and float32, not {q.dtype} with {v.dtype}"
+    if max(q.shape[3], v.shape[3]) > WIDEST:
+        return f"Triton kernels hold heads up to {WIDEST} wide, not {q.shape[3]} and {v.shape[3]}"
+    if not v.numel() or not q.numel():
+        return "an empty input"
+    return None
+
+
+def _choose(op: str, q: Tensor, v: Tensor, implementation: str | None) -> Choice:
+    reason = why_not_triton(q, v)
+    if reason is None:
+        return choose(op, OFFERED, "triton" if v.is_cuda else "chunked", implementation)
+    if implementation == "triton":
+        raise ValueError(f"{op} cannot run in Triton: {reason}")
+    offered = {"chunked": f"{OFFERED['chunked']} ({reason})", "reference": OFFERED["reference"]}
+    return choose(op, offered, "chunked", implementation)
 
 
 def scalar_decay(
     q: Float[Tensor, "b t g k"],
     k: Float[Tensor, "b t g k"],
     v: Float[Tensor, "b t h v"],
-    log_decay: Float[Tensor, "b t h"],
+    log_decay: Float[Tensor, "b t h"] | Float[Tensor, "h"],
     *,
     starts: Bool[Tensor, "b t"] | None = None,
     initial_state: Float[Tensor, "b h k v"] | None = None,
     reverse: bool = False,
+    recompute: bool = False,
     implementation: str | None = None,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
     """Linear attention with one decay a head: ``S_t = exp(g_t) S_{t-1} + k_tᵀ v_t``, ``o_t = q_t S_t``.
@@ -29,27 +65,131 @@ def scalar_decay(
         q: queries (Mamba2's C), g groups that divide the h heads.
         k: keys (Mamba2's B).
         v: values (Mamba2's dt·x).
-        log_decay: g_t <= 0, natural logarithm, per head; float32 unless all is float64.
+        log_decay: g_t <= 0, natural logarithm, per head, float32 unless all is float64; ``(h)`` if it is constant.
         starts: True where the state starts afresh before the token; in reverse, before it in reading from the right.
         initial_state: the state before the first token read; zero if None.
         reverse: read from right to left.
-        implementation: ``chunked`` or ``reference``; None lets dispatch choose.
+        recompute: keep less for the backward pass, and compute the states of chunks again there. Only the Triton form
+            can keep them; the others never do.
+        implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose.
 
     Returns:
         The output in v's type and the state after the last token read, in float32 (float64 if v is).
 
     Raises:
-        ValueError: heads are not a multiple of groups.
+        ValueError: heads are not a multiple of groups, or the implementation asked for cannot serve the inputs.
 
     Source: arXiv 2405.21060, 2307.08621, 2401.04658.
     """
     if v.shape[2] % q.shape[2]:
         raise ValueError(f"scalar_decay needs heads divisible by groups, found {v.shape[2]} heads, {q.shape[2]} groups")
-    choice = choose("scalar_decay", OFFERED, "chunked", implementation)
+    choice = _choose("scalar_decay", q, v, implementation)
+    if log_decay.dim() == 1:
+        log_decay = log_decay.expand(v.shape[:3])
     if choice.implementation == "reference":
         return scalar_decay_reference(q, k, v, log_decay, starts, initial_state, reverse)
+    if choice.implementation == "triton":
+        return _triton(q, k, v, log_decay, None, None, None, starts, initial_state, reverse, recompute)
     if reverse:
         q, k, v, log_decay = (x.flip(1) for x in (q, k, v, log_decay))
         starts = None if starts is None else starts.flip(1)
     output, final, _ = scalar_decay_chunked(q, k, v, log_decay, starts, initial_state)
     return output.flip(1) if reverse else output, final
+
+
+def ssd(
+    x: Float[Tensor, "b t h v"],
+    dt: Float[Tensor, "b t h"],
+    a: Float[Tensor, "h"],
+    b: Float[Tensor, "b t g k"],
+    c: Float[Tensor, "b t g k"],
+    *,
+    d: Float[Tensor, "h"] | None = None,
+    dt_bias: Float[Tensor, "h"] | None = None,
+    starts: Bool[Tensor, "b t"] | None = None,
+    initial_state: Float[Tensor, "b h k v"] | None = None,
+    recompute: bool = False,
+    implementation: str | None = None,
+) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
+    """Mamba2's scan: with ``s_t = softplus(dt_t + dt_bias)``, ``S_t = exp(a s_t) S_{t-1} + b_tᵀ (s_t x_t)``.
+
+    The output is ``c_t S_t + d x_t``. In Triton neither the steps nor ``s x`` nor repeated b and c exist in memory.
+
+    Args:
+        x: inputs, h heads.
+        dt: raw steps; minus infinity makes a step of zero, which neither decays nor writes (padding).
+        a: negative rates, one a head: ``-exp(A_log)``.
+        b: keys, g groups that divide the h heads.
+        c: queries.
+        d: weight of the direct path; none if None.
+        dt_bias: added to the raw steps.
+        starts: True where the state starts afresh before the token.
+        initial_state: the state before the first token; zero if None.
+        recompute: see ``scalar_decay``.
+        implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose.
+
+    Returns:
+        The output in x's type and the last state, in float32 (float64 if x is).
+
+    Raises:
+        ValueError: heads are not a multiple of groups, or the implementation asked for cannot serve the inputs.
+
+    Source: arXiv 2405.21060.
+    """
+    if x.shape[2] % b.shape[2]:
+        raise ValueError(f"ssd needs heads divisible by groups, found {x.shape[2]} heads and {b.shape[2]} groups")
+    choice = _choose("ssd", c, x, implementation)
+    if choice.implementation == "triton":
+        return _triton(c, b, x, dt, dt_bias, a, d, starts, initial_state, False, recompute)
+    kept = torch.float64 if choice.implementation == "reference" else accumulation(x.dtype)
+    raw = dt.to(kept) if dt_bias is None else dt.to(kept) + dt_bias.to(kept)
+    steps = F.softplus(raw)
+    inputs = (x.to(kept) if choice.implementation == "reference" else x) * steps[..., None]
+    y, final = scalar_decay(
+        c,
+        b,
+        inputs if choice.implementation == "reference" else inputs.to(x.dtype),
+        a.to(kept) * steps,
+        starts=starts,
+        initial_state=initial_state,
+        implementation=choice.implementation,
+    )
+    if d is not None:
+        y = torch.addcmul(y, x.to(y.dtype), d.to(y.dtype)[:, None])
+    return y.to(x.dtype), final.to(accumulation(x.dtype))
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    bias: Tensor | None,
+    rate: Tensor | None,
+    skip: Tensor | None,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    reverse: bool,
+    recompute: bool,
+) -> tuple[Tensor, Tensor]:
+    """Call the Triton op on widths that it can read, and cut its results to the caller's."""
+    from seqlong.kernels.scalar_decay.triton import scalar_decay_triton
+
+    width, value_width = q.shape[3], v.shape[3]
+    per = 16 // v.element_size()
+    wide = -(-width // per) * per
+    # Several heads are read through one window onto v: a tile must not reach into the next head.
+    value_wide = power(value_width) if q.shape[2] != v.shape[2] or rate is not None else -(-value_width // per) * per
+    if wide != width:
+        q, k = (F.pad(x, (0, wide - width)) for x in (q, k))
+    if value_wide != value_width:
+        v = F.pad(v, (0, value_wide - value_width))
+    if initial_state is not None and (wide, value_wide) != (width, value_width):
+        initial_state = F.pad(initial_state, (0, value_wide - value_width, 0, wide - width))
+    inputs = (q, k, v, gate, bias, rate, skip, initial_state)
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    keep = NOTHING if not needed else SEGMENTS if recompute else CHUNKS
+    output, final, *_ = scalar_decay_triton(q, k, v, gate, bias, rate, skip, starts, initial_state, reverse, keep)
+    if (wide, value_wide) != (width, value_width):
+        output, final = output[..., :value_width], final[..., :width, :value_width]
+    return output, final

@@ -1,0 +1,334 @@
+"""scalar_decay and ssd in Triton: the op, its gradient, and the launches of both.
+
+Forward: ``prepare`` sums decays inside chunks; ``segment_states`` and ``scan`` find the state that enters each segment, so
+that one long row fills the GPU like a batch; ``forward`` walks every segment. Rows that fill the GPU by themselves are one
+segment each and need neither of the middle two. The gradient mirrors this, see triton_backward.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from seqlong.kernels.precision import as_written
+from seqlong.kernels.runtime import use_allocator
+from seqlong.kernels.scalar_decay import triton_backward, triton_forward
+from seqlong.kernels.scalar_decay.plan import CHUNKS, NOTHING, SEGMENTS, Plan, chosen_plan, power, segments
+
+
+class _Sizes(NamedTuple):
+    """Everything a launch is cut by; K, V are widths, KB, VB the tiles that hold them, R heads share a group."""
+
+    B: int
+    T: int
+    G: int
+    H: int
+    R: int
+    K: int
+    V: int
+    KB: int
+    VB: int
+    NC: int
+    NS: int
+    CPS: int
+    BV: int
+    BK: int
+    plan: Plan
+
+    @property
+    def tile(self) -> dict[str, int]:
+        return {"K": self.K, "V": self.V, "KB": self.KB, "VB": self.VB}
+
+    @property
+    def walks(self) -> tuple[int]:
+        return (self.H * (self.VB // self.BV) * self.NS * self.B,)
+
+
+def _sizes(q: Tensor, v: Tensor, ssd: bool) -> _Sizes:
+    (rows, length, groups, width), (heads, value_width) = q.shape, v.shape[2:]
+    plan = chosen_plan(q, v, ssd)
+    k_tile, v_tile = power(width), power(value_width)
+    chunks = -(-length // plan.chunk)
+    value_tile = min(plan.value_tile, v_tile)
+    if fused(groups, heads, k_tile, v_tile, ssd):
+        value_tile = v_tile
+    count, each = segments(q, chunks, rows * heads * (v_tile // value_tile), plan.programs_per_sm)
+    return _Sizes(
+        rows, length, groups, heads, heads // groups, width, value_width, k_tile, v_tile, chunks, count, each,
+        value_tile, min(plan.key_slice, k_tile), plan,
+    )  # fmt: skip
+
+
+def fused(groups: int, heads: int, k_tile: int, v_tile: int, ssd: bool) -> bool:
+    """Whether one kernel makes every gradient."""
+    return groups == heads and max(k_tile, v_tile) <= 64 and not ssd
+
+
+def _strides(x: Tensor) -> tuple[int, int]:
+    return (0 if x.shape[0] == 1 else x.stride(0)), x.stride(1)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x (b t h d) as descriptors read it: heads side by side, rows on 16 bytes; a copy only where it is not so."""
+    per = 16 // x.element_size()
+    side_by_side = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
+    rows = (x.stride(1), 0 if x.shape[0] == 1 else x.stride(0))
+    return x if side_by_side and x.data_ptr() % 16 == 0 and rows[0] > 0 and not any(r % per for r in rows) else x.contiguous()
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _prepare(gate: Tensor, bias: Tensor | None, rate: Tensor | None, starts: Tensor | None, reverse: bool, z: _Sizes):  # type: ignore[no-untyped-def]
+    total = gate.new_empty(z.B, z.H, z.NC * z.plan.chunk, dtype=torch.float32)
+    step = torch.empty_like(total) if rate is not None else total
+    wide = min(32, triton.next_power_of_2(z.H))
+    triton_forward.prepare[(z.NC * z.B, triton.cdiv(z.H, wide))](
+        gate, total if bias is None else bias, total if rate is None else rate,
+        total if starts is None else starts.view(torch.uint8), total, step, z.T, z.H, z.NC, *gate.stride(),
+        C=z.plan.chunk, BH=wide, SSD=rate is not None, BIAS=bias is not None, STARTS=starts is not None, REV=reverse,
+        num_warps=4,
+    )  # fmt: skip
+    return total, step
+
+
+def _walk(x: Tensor, y: Tensor, total: Tensor, step: Tensor, edge: Tensor | None, z: _Sizes, ssd: bool, reverse: bool,
+          adjoint: bool) -> tuple[Tensor, int]:  # fmt: skip
+    """The state that enters every segment of a walk, and how kernels find it (ENTRY)."""
+    if z.NS == 1:
+        return (total, 0) if edge is None else (edge, 2)
+    states = total.new_empty(z.B * z.H, z.NS, z.KB, z.VB)
+    decays = total.new_empty(z.B * z.H, z.NS)
+    triton_forward.segment_states[z.walks](
+        x, y, total, step, states, decays, states, states, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *_strides(x), *_strides(y),
+        **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd, REV=reverse, ADJOINT=adjoint, ENTRY=0, KEEP=False,
+        **z.plan.launch("states"),
+    )  # fmt: skip
+    block = min(128, z.KB * z.VB)
+    triton_forward.scan[(z.B * z.H, z.KB * z.VB // block)](
+        states, decays, states if edge is None else edge, z.NS, K=z.K, V=z.V, VB=z.VB, KV=z.KB * z.VB,
+        INITIAL=edge is not None, LEFTWARD=reverse != adjoint, BLOCK=block, num_warps=2,
+    )  # fmt: skip
+    return states, 1
+
+
+def _chunk_states(k: Tensor, v: Tensor, total: Tensor, step: Tensor, entry: Tensor, how: int, z: _Sizes, ssd: bool,
+                  reverse: bool) -> Tensor:  # fmt: skip
+    """The state that enters every chunk, again, from those that enter the segments."""
+    kept = k.new_empty(z.B, z.NC, z.H, z.KB, z.VB)
+    triton_forward.segment_states[z.walks](
+        k, v, total, step, entry, entry, entry, kept, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *_strides(k), *_strides(v),
+        **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd, REV=reverse, ADJOINT=False, ENTRY=how, KEEP=True,
+        **z.plan.launch("states"),
+    )  # fmt: skip
+    return kept
+
+
+@torch.library.custom_op(
+    "seqlong::scalar_decay_triton",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor? bias, Tensor? rate, Tensor? skip, Tensor? starts, "
+    "Tensor? initial_state, bool reverse, int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+@as_written
+def scalar_decay_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    bias: Tensor | None,
+    rate: Tensor | None,
+    skip: Tensor | None,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    reverse: bool,
+    keep: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output (b t h v), final state (b h k v), and for the backward pass: running decays, steps, kept states.
+
+    With ``rate`` (ssd) the gate is a raw step: decay = rate · softplus(gate + bias), v weighs that step, skip · v is added.
+    """
+    use_allocator()
+    ssd = rate is not None
+    q, k, v = _readable(q), _readable(k), _readable(v)
+    z = _sizes(q, v, ssd)
+    total, step = _prepare(gate, _float(bias), _float(rate), starts, reverse, z)
+    entry, how = _walk(k, v, total, step, _float(initial_state), z, ssd, reverse, adjoint=False)
+    output = v.new_empty(z.B, z.T, z.H, z.V)
+    final = total.new_empty(z.B, z.H, z.K, z.V)
+    kept = _kept(v, z, keep, how)
+    triton_forward.forward[z.walks](
+        q, k, v, total, step, total if skip is None else _float(skip), entry, output, kept, final, z.T, z.H, z.R, z.NC,
+        z.NS, z.CPS, *_strides(q), *_strides(k), *_strides(v), **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd,
+        SKIP=skip is not None, ENTRY=how, KEEP=keep == CHUNKS, REV=reverse, **z.plan.launch("forward"),
+    )  # fmt: skip
+    if keep == SEGMENTS and how == 1:
+        kept = entry
+    none = total.new_empty(0)
+    return output, final, none if keep == NOTHING else total, step if ssd and keep != NOTHING else none.clone(), kept
+
+
+def _kept(v: Tensor, z: _Sizes, keep: int, how: int) -> Tensor:
+    """Room for what the backward pass is to find."""
+    if keep == CHUNKS:
+        return v.new_empty(z.B, z.NC, z.H, z.KB, z.VB)
+    if keep == SEGMENTS and how == 1:
+        return v.new_empty(z.B * z.H, z.NS, z.KB, z.VB, dtype=torch.float32)
+    return v.new_empty(0, dtype=torch.float32 if keep == SEGMENTS else v.dtype)
+
+
+@scalar_decay_triton.register_fake
+def _(q, k, v, gate, bias, rate, skip, starts, initial_state, reverse, keep):  # type: ignore[no-untyped-def]
+    ssd = rate is not None
+    z = _sizes(q, v, ssd)
+    how = 1 if z.NS > 1 else 0
+    total = v.new_empty(z.B, z.H, z.NC * z.plan.chunk, dtype=torch.float32)
+    none = total.new_empty(0)
+    return (
+        v.new_empty(z.B, z.T, z.H, z.V),
+        total.new_empty(z.B, z.H, z.K, z.V),
+        none if keep == NOTHING else total,
+        torch.empty_like(total) if ssd and keep != NOTHING else none.clone(),
+        _kept(v, z, keep, how),
+    )
+
+
+@torch.library.custom_op(
+    "seqlong::scalar_decay_triton_backward",
+    mutates_args=(),
+    schema="(Tensor grad_output, Tensor? grad_final, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? rate, "
+    "Tensor? skip, Tensor? starts, Tensor? initial_state, Tensor total, Tensor step, Tensor kept, bool reverse, "
+    "int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+@as_written
+def scalar_decay_triton_backward(
+    grad_output: Tensor,
+    grad_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    rate: Tensor | None,
+    skip: Tensor | None,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    total: Tensor,
+    step: Tensor,
+    kept: Tensor,
+    reverse: bool,
+    keep: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, gate (b t h) float32, rate, skip, and the initial state, all but the first three float32."""
+    use_allocator()
+    ssd = rate is not None
+    q, k, v, go = (_readable(x) for x in (q, k, v, grad_output.to(v.dtype)))
+    z = _sizes(q, v, ssd)
+    if not ssd:
+        step = total
+    initial = _float(initial_state)
+    if keep == SEGMENTS:
+        how = 1 if z.NS > 1 else 0 if initial is None else 2
+        kept = _chunk_states(k, v, total, step, kept if how == 1 else initial, how, z, ssd, reverse)
+    entry, how = _walk(q, go, total, step, _float(grad_final), z, ssd, reverse, adjoint=True)
+    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
+    dv, dgate = v.new_empty(v.shape), total.new_empty(z.B, z.T, z.H)
+    dinitial = total.new_empty(z.B, z.H, z.K, z.V) if initial is not None else total.new_empty(0)
+    common = dict(**z.tile, C=z.plan.chunk, REV=reverse)
+    if fused(z.G, z.H, z.KB, z.VB, ssd):
+        triton_backward.fused[(z.H * z.NS * z.B,)](
+            q, k, v, total, go, kept, entry, dq, dk, dv, dgate, dinitial, z.T, z.H, z.NC, z.NS, z.CPS, *_strides(q),
+            *_strides(k), *_strides(v), *_strides(go), **common, ENTRY=how, DINITIAL=initial is not None,
+            **z.plan.launch("fused"),
+        )  # fmt: skip
+        if starts is not None:
+            dgate.masked_fill_(starts[..., None], 0)
+        return dq, dk, dv, dgate, total.new_empty(0), total.new_empty(0), dinitial
+    dkept = torch.empty_like(kept)
+    triton_backward.values[z.walks](
+        q, k, total, step, total if skip is None else _float(skip), go, entry, dv, dkept, dinitial, z.T, z.H, z.R, z.NC,
+        z.NS, z.CPS, *_strides(q), *_strides(k), *_strides(go), **common, BV=z.BV, SSD=ssd, SKIP=skip is not None,
+        ENTRY=how, DINITIAL=initial is not None, **z.plan.launch("values"),
+    )  # fmt: skip
+    slices = z.KB // z.BK
+    terms = total.new_empty(slices, *total.shape)
+    anchors = total.new_empty(slices, z.B, z.H, z.NC)
+    through = torch.empty_like(terms) if ssd else terms
+    skips = torch.empty_like(anchors) if skip is not None else anchors
+    if z.R == 1 and not ssd:
+        runs = -(-z.NC // z.plan.run)
+        triton_backward.keys[(slices * z.H * runs * z.B,)](
+            q, k, v, total, go, kept, dkept, dq, dk, terms, anchors, z.T, z.H, z.NC, z.B, z.plan.run, *_strides(q),
+            *_strides(k), *_strides(v), *_strides(go), **common, BK=z.BK, BV=min(z.VB, 128), **z.plan.launch("keys"),
+        )  # fmt: skip
+    else:
+        triton_backward.shared_keys[(slices * z.G * z.NC * z.B,)](
+            q, k, v, total, step, go, kept, dkept, dq, dk, terms, through, skips, anchors, z.T, z.H, z.G, z.NC, z.B,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(go), **common, BK=z.BK, SSD=ssd, SKIP=skip is not None,
+            **z.plan.launch("keys"),
+        )  # fmt: skip
+    drate = total.new_empty(z.B, z.NC, z.H) if ssd else total
+    dskip = torch.empty_like(drate) if skip is not None else total
+    wide = min(32, triton.next_power_of_2(z.H))
+    triton_backward.gates[(z.NC * z.B, triton.cdiv(z.H, wide))](
+        terms, through, skips, anchors, step, total if rate is None else _float(rate),
+        total if starts is None else starts.view(torch.uint8), dgate, drate, dskip, z.T, z.H, z.NC, z.B, NK=slices,
+        C=z.plan.chunk, BH=wide, SSD=ssd, SKIP=skip is not None, STARTS=starts is not None, REV=reverse, num_warps=4,
+    )  # fmt: skip
+    none = total.new_empty(0)
+    sums = (drate.sum((0, 1)) if ssd else none, dskip.sum((0, 1)) if skip is not None else none.clone())
+    return dq, dk, dv, dgate, *sums, dinitial
+
+
+@scalar_decay_triton_backward.register_fake
+def _(grad_output, grad_final, q, k, v, bias, rate, skip, starts, initial_state, total, step, kept, reverse, keep):  # type: ignore[no-untyped-def]
+    none = total.new_empty(0)
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        total.new_empty(v.shape[:3]),
+        none if rate is None else total.new_empty(v.shape[2]),
+        none.clone() if skip is None else total.new_empty(v.shape[2]),
+        none.clone() if initial_state is None else total.new_empty(*v.shape[::2], q.shape[3], v.shape[3]),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, gate, bias, rate, skip, starts, initial_state, ctx.reverse, ctx.keep = inputs
+    ctx.save_for_backward(q, k, v, bias, rate, skip, starts, initial_state, *output[2:])
+    ctx.gate_type = gate.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_output, grad_final, *_kept):  # type: ignore[no-untyped-def]
+    q, k, v, bias, rate, skip, starts, initial_state, total, step, kept = ctx.saved_tensors
+    if grad_output is None:
+        grad_output = torch.zeros_like(v)
+    dq, dk, dv, dgate, drate, dskip, dinitial = scalar_decay_triton_backward(
+        grad_output, grad_final, q, k, v, bias, rate, skip, starts, initial_state, total, step, kept, ctx.reverse,
+        ctx.keep,
+    )  # fmt: skip
+
+    def as_type(grad, like):  # type: ignore[no-untyped-def]
+        return None if like is None else grad.to(like.dtype)
+
+    return (
+        dq,
+        dk,
+        dv,
+        dgate.to(ctx.gate_type),
+        None if bias is None else dgate.sum((0, 1)).to(bias.dtype),
+        as_type(drate, rate),
+        as_type(dskip, skip),
+        None,
+        as_type(dinitial, initial_state),
+        None,
+        None,
+    )
+
+
+scalar_decay_triton.register_autograd(_backward, setup_context=_setup_context)

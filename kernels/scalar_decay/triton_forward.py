@@ -1,0 +1,242 @@
+"""Triton kernels of scalar_decay: decays, states of segments, and the output.
+
+Words: a chunk is C tokens; a segment of the plan is CPS chunks, one program's walk (not a document: documents are cut by
+``starts``). ``total`` (b, h, n·C) is the running sum of log2 decays inside each chunk, in reading order, so a chunk
+needs no cumulative sum again and its last element is the decay of the whole chunk. A start is a decay of 2^-160, which is
+zero in float32: the kernels know nothing of documents.
+
+Reading order is left to right, or right to left with REV. An ADJOINT walk (gradients of states) goes the other way.
+Offsets are int64 wherever tokens, heads or states multiply; coordinates of descriptors are int32 along each axis.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: log2 of a decay that is zero in float32; no decay is below it, so that sums over a chunk keep their digits.
+RESET = tl.constexpr(-160.0)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x), accurate to float32 where e^x is small: small steps are what Mamba2 starts with."""
+    small = tl.exp(tl.minimum(x, 20.0))
+    series = small * (1.0 - small * (0.5 - small * (0.3333333333 - small * 0.25)))
+    return tl.where(x > 20.0, x, tl.where(small < 0.015625, series, tl.log(1.0 + small)))
+
+
+@triton.jit(do_not_specialize=["T", "H", "NC"])
+def prepare(gate, bias, rate, starts, total, step, T, H, NC, sgb, sgt, sgh,
+            C: tl.constexpr, BH: tl.constexpr, SSD: tl.constexpr, BIAS: tl.constexpr, STARTS: tl.constexpr,
+            REV: tl.constexpr):  # fmt: skip
+    """One chunk: gate (b t h) -> total (b h n·C). SSD: the gate is a raw step, decay = rate · softplus(gate + bias)."""
+    pid = tl.program_id(0)
+    c = pid % NC
+    row = (pid // NC).to(tl.int64)
+    t = c * C + tl.arange(0, C)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    inside = (t[:, None] < T) & (h[None, :] < H)
+    x = tl.load(gate + row * sgb + t[:, None].to(tl.int64) * sgt + h[None, :].to(tl.int64) * sgh, mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    out = (row * H + h[None, :]) * (NC * C).to(tl.int64) + t[:, None]
+    kept = (t[:, None] >= 0) & (h[None, :] < H)
+    if SSD:
+        if BIAS:
+            x += tl.load(bias + h, mask=h < H, other=0.0)[None, :]
+        x = tl.where(inside, softplus(x), 0.0)
+        tl.store(step + out, x, mask=kept)
+        x = x * tl.load(rate + h, mask=h < H, other=0.0)[None, :]
+    x = x * LOG2E
+    x = tl.where(x < RESET, RESET, x)
+    if STARTS:
+        start = tl.load(starts + row * T + t, mask=t < T, other=0)
+        x = tl.where((start != 0)[:, None], RESET, x)
+    tl.store(total + out, tl.cumsum(x, 0, reverse=REV), mask=kept)
+
+
+@triton.jit
+def entering(entry, index, s, NS, iv, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
+             BV: tl.constexpr, ENTRY: tl.constexpr):  # fmt: skip
+    """State (KB, BV) that enters segment s: zero, or of the scan, or the caller's (ENTRY 0, 1, 2)."""
+    rows, columns = tl.arange(0, KB)[:, None], (iv * BV + tl.arange(0, BV))[None, :]
+    S = tl.zeros((KB, BV), dtype=tl.float32)
+    if ENTRY == 1:
+        S += tl.load(entry + (index * NS + s) * (KB * VB) + rows * VB + columns)
+    if ENTRY == 2:
+        S += tl.load(entry + index * (K * V) + rows * V + columns, mask=(rows < K) & (columns < V), other=0.0)
+    return S
+
+
+@triton.jit
+def leaving(final, index, iv, S, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr):
+    """Store the state after the last segment as the caller sees it, without padding."""
+    rows, columns = tl.arange(0, KB)[:, None], (iv * BV + tl.arange(0, BV))[None, :]
+    tl.store(final + index * (K * V) + rows * V + columns, S, mask=(rows < K) & (columns < V))
+
+
+@triton.jit(do_not_specialize=["T", "H", "R", "NC", "NS", "CPS"])
+def segment_states(x, y, total, step, states, decays, entry, kept, T, H, R, NC, NS, CPS, sxb, sxt, syb, syt,
+                   K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, BV: tl.constexpr,
+                   C: tl.constexpr, SSD: tl.constexpr, REV: tl.constexpr, ADJOINT: tl.constexpr,
+                   ENTRY: tl.constexpr, KEEP: tl.constexpr, ST: tl.constexpr):  # fmt: skip
+    """Walk a segment: S <- 2^bC S + xᵀ (w ⊙ y).
+
+    x, y, w are k, v, 2^(bC - b) (times the step), or q, grad o, 2^b in the adjoint walk. From zero, the state at the
+    end goes to ``states`` and the segment's log2 decay to ``decays``. With KEEP from ``entry``, and the state before
+    each chunk goes to ``kept`` (b n h k v) in the type of x.
+    """
+    pid = tl.program_id(0)
+    h = pid % H
+    r = pid // H
+    iv = r % (VB // BV)
+    r = r // (VB // BV)
+    s = r % NS
+    row = (r // NS).to(tl.int64)
+    first = s * CPS
+    n = tl.minimum(CPS, NC - first)
+    LAST: tl.constexpr = 0 if REV else C - 1  # where a chunk's total stands
+    LEFTWARD: tl.constexpr = REV != ADJOINT
+    STEP: tl.constexpr = -1 if LEFTWARD else 1
+    c = first + n - 1 if LEFTWARD else first
+    index = row * H + h
+    base = index * (NC * C).to(tl.int64)
+    x_d = tl.make_tensor_descriptor(x + row * sxb + (h // R) * K, [T, K], [sxt, 1], [C, KB])
+    y_d = tl.make_tensor_descriptor(y + row * syb + h * V, [T, V], [syt, 1], [C, BV])
+    b_d = tl.make_tensor_descriptor(total + base, [NC * C], [1], [C])
+    if SSD and not ADJOINT:
+        s_d = tl.make_tensor_descriptor(step + base, [NC * C], [1], [C])
+    tile = tl.arange(0, KB)[:, None] * VB + (iv * BV + tl.arange(0, BV))[None, :]
+    S = entering(entry, index, s, NS, iv, K, V, KB, VB, BV, ENTRY)
+    sum_ = 0.0
+    ends = total + base + LAST
+    bC_next = tl.load(ends + c * C)
+    for i in tl.range(0, n, num_stages=ST):
+        t0 = c * C
+        X = x_d.load([t0, 0])
+        Y = y_d.load([t0, iv * BV])
+        b = b_d.load([t0])
+        bC = bC_next  # scalars are not pipelined: fetched one chunk ahead by hand
+        bC_next = tl.load(ends + (c + STEP) * C, mask=i + 1 < n, other=0.0)
+        if KEEP:
+            tl.store(kept + ((row * NC + c) * H + h) * (KB * VB) + tile, S.to(kept.dtype.element_ty))
+        if ADJOINT:
+            w = tl.exp2(b)
+        else:
+            w = tl.exp2(bC - b)
+            if SSD:
+                w = w * s_d.load([t0])
+        Yw = (Y.to(tl.float32) * w[:, None]).to(Y.dtype)
+        S = tl.dot(tl.trans(X), Yw, S * tl.exp2(bC), input_precision="ieee")
+        sum_ += bC
+        c += STEP
+    if not KEEP:
+        tl.store(states + (index * NS + s) * (KB * VB) + tile, S)
+        if iv == 0:
+            tl.store(decays + index * NS + s, sum_)
+
+
+@triton.jit(do_not_specialize=["NS"])
+def scan(states, decays, initial, NS, K: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, KV: tl.constexpr,
+         INITIAL: tl.constexpr, LEFTWARD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """In place along the walk: the state of each segment from zero becomes the state that enters it."""
+    index = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    S = tl.zeros((BLOCK,), dtype=tl.float32)
+    if INITIAL:
+        k, v = e // VB, e % VB
+        S = tl.load(initial + index * (K * V) + k * V + v, mask=(k < K) & (v < V), other=0.0).to(tl.float32)
+    STEP: tl.constexpr = -1 if LEFTWARD else 1
+    s = NS - 1 if LEFTWARD else 0
+    p = states + (index * NS + s) * KV + e
+    d = decays + index * NS + s
+    zero = tl.zeros((BLOCK,), dtype=tl.int32)
+    for i in range(0, NS, 4):  # four loads in flight: they do not depend on the recurrence
+        m1, m2, m3 = zero + (i + 1) < NS, zero + (i + 2) < NS, zero + (i + 3) < NS
+        x0 = tl.load(p)
+        x1 = tl.load(p + STEP * KV, mask=m1, other=0.0)
+        x2 = tl.load(p + 2 * STEP * KV, mask=m2, other=0.0)
+        x3 = tl.load(p + 3 * STEP * KV, mask=m3, other=0.0)
+        d0 = tl.exp2(tl.load(d))
+        d1 = tl.exp2(tl.load(d + STEP, mask=i + 1 < NS, other=0.0))
+        d2 = tl.exp2(tl.load(d + 2 * STEP, mask=i + 2 < NS, other=0.0))
+        d3 = tl.exp2(tl.load(d + 3 * STEP, mask=i + 3 < NS, other=0.0))
+        tl.store(p, S)
+        S = S * d0 + x0
+        tl.store(p + STEP * KV, S, mask=m1)
+        S = S * d1 + x1
+        tl.store(p + 2 * STEP * KV, S, mask=m2)
+        S = S * d2 + x2
+        tl.store(p + 3 * STEP * KV, S, mask=m3)
+        S = S * d3 + x3
+        p += 4 * STEP * KV
+        d += 4 * STEP
+
+
+@triton.jit(do_not_specialize=["T", "H", "R", "NC", "NS", "CPS"])
+def forward(q, k, v, total, step, skip, entry, o, kept, final, T, H, R, NC, NS, CPS, sqb, sqt, skb, skt, svb, svt,
+            K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+            SSD: tl.constexpr, SKIP: tl.constexpr, ENTRY: tl.constexpr, KEEP: tl.constexpr, REV: tl.constexpr,
+            ST: tl.constexpr):  # fmt: skip
+    """Walk a segment with S on chip: O = 2^b ⊙ (Q S) + (Q Kᵀ ⊙ 2^(b_i - b_j)) V, then S as in ``segment_states``.
+
+    The state that enters each chunk goes to ``kept`` (b n h k v) for the backward pass, in the type of q.
+    """
+    pid = tl.program_id(0)
+    h = pid % H
+    r = pid // H
+    iv = r % (VB // BV)
+    r = r // (VB // BV)
+    s = r % NS
+    row = (r // NS).to(tl.int64)
+    first = s * CPS
+    n = tl.minimum(CPS, NC - first)
+    LAST: tl.constexpr = 0 if REV else C - 1
+    STEP: tl.constexpr = -1 if REV else 1
+    c = first + n - 1 if REV else first
+    index = row * H + h
+    base = index * (NC * C).to(tl.int64)
+    q_d = tl.make_tensor_descriptor(q + row * sqb + (h // R) * K, [T, K], [sqt, 1], [C, KB])
+    k_d = tl.make_tensor_descriptor(k + row * skb + (h // R) * K, [T, K], [skt, 1], [C, KB])
+    v_d = tl.make_tensor_descriptor(v + row * svb + h * V, [T, V], [svt, 1], [C, BV])
+    o_d = tl.make_tensor_descriptor(o + (row * T * H + h) * V, [T, V], [H * V, 1], [C, BV])
+    b_d = tl.make_tensor_descriptor(total + base, [NC * C], [1], [C])
+    if SSD:
+        s_d = tl.make_tensor_descriptor(step + base, [NC * C], [1], [C])
+    if SKIP:
+        D = tl.load(skip + h).to(tl.float32)
+    S = entering(entry, index, s, NS, iv, K, V, KB, VB, BV, ENTRY)
+    tile = tl.arange(0, KB)[:, None] * VB + (iv * BV + tl.arange(0, BV))[None, :]
+    i_, j_ = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    seen = i_ <= j_ if REV else i_ >= j_
+    ends = total + base + LAST
+    bC_next = tl.load(ends + c * C)
+    for i in tl.range(0, n, num_stages=ST):
+        t0 = c * C
+        Q = q_d.load([t0, 0])
+        Kt = k_d.load([t0, 0])
+        X = v_d.load([t0, iv * BV])
+        b = b_d.load([t0])
+        bC = bC_next
+        bC_next = tl.load(ends + (c + STEP) * C, mask=i + 1 < n, other=0.0)
+        Sb = S.to(Q.dtype)
+        if KEEP:
+            tl.store(kept + ((row * NC + c) * H + h) * (KB * VB) + tile, Sb)
+        A = tl.dot(Q, tl.trans(Kt), input_precision="ieee")
+        G = tl.where(seen, tl.exp2(tl.minimum(b[:, None] - b[None, :], 0.0)), 0.0)
+        w = tl.exp2(bC - b)
+        if SSD:
+            d = s_d.load([t0])
+            G = G * d[None, :]
+            w = w * d
+        O = tl.dot(Q, Sb, input_precision="ieee") * tl.exp2(b)[:, None]
+        O = tl.dot((A * G).to(Q.dtype), X, O, input_precision="ieee")
+        if SKIP:
+            O += X.to(tl.float32) * D
+        o_d.store([t0, iv * BV], O.to(o.dtype.element_ty))
+        Xw = (X.to(tl.float32) * w[:, None]).to(X.dtype)
+        S = tl.dot(tl.trans(Kt), Xw, S * tl.exp2(bC), input_precision="ieee")
+        c += STEP
+    if s == (0 if REV else NS - 1):
+        leaving(final, index, iv, S, K, V, KB, BV)
