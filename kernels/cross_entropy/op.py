@@ -6,8 +6,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from seqlong.kernels.cross_entropy.reference import linear_cross_entropy_reference
+from seqlong.kernels.dispatch import choose
 from seqlong.kernels.precision import accumulation, as_written
 
+OFFERED = {
+    "chunked": "matrix products over chunks of positions in torch, any device",
+    "reference": "float64 loop over positions",
+}
 #: Logits held at a time, in elements.
 BUDGET = 1 << 24
 #: Up to this many classes logits are products of hidden states as they are; above, autocast's type is obeyed for speed.
@@ -123,6 +129,7 @@ def linear_cross_entropy(
     bias: Float[Tensor, "y"] | None = None,
     z_loss: float = 0.0,
     chunk: int = 0,
+    implementation: str | None = None,
 ) -> Float[Tensor, "b t"]:
     """Negative log-likelihood, in nats, of each target under ``softmax(hidden weightᵀ + bias)``.
 
@@ -133,10 +140,14 @@ def linear_cross_entropy(
         bias: per class.
         z_loss: adds ``z_loss · logsumexp²``, which keeps logits near zero (arXiv 2202.08906; 1e-4 is usual).
         chunk: positions at a time; 0 chooses so that the logits held are at most 16 M elements.
+        implementation: ``chunked`` or ``reference``; None lets dispatch choose.
 
     Returns:
         ``(b t)`` in float32 (float64 if hidden is). Logits are computed again in the backward pass.
     """
+    choice = choose("linear_cross_entropy", OFFERED, "chunked", implementation)
+    if choice.implementation == "reference":
+        return linear_cross_entropy_reference(hidden, weight, targets, bias, z_loss)
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and weight.shape[0] > SMALL and hidden.dtype == torch.float32:
         hidden = hidden.to(torch.get_autocast_dtype(device))
