@@ -196,12 +196,12 @@ class Probe:
     cases: tuple[str, ...] = ("plain",)
     yardstick: str = "chunked"
     reference: Callable[..., Any] | None = None
-    widths: Callable[[set[str]], dict[str, int]] = lambda words: {}
+    widths: Callable[[set[str], Mapping[str, int]], dict[str, int]] = lambda words, sizes: {}
 
 
-def _groups(words: set[str]) -> dict[str, int]:
+def _groups(words: set[str], sizes: Mapping[str, int]) -> dict[str, int]:
     """``shared``: heads share queries and keys."""
-    return {"g": 1 if "shared" in words else 2}
+    return {"g": 1 if "shared" in words else sizes["h"]}
 
 
 _DECAY = "seqlong.kernels.scalar_decay"
@@ -355,7 +355,11 @@ def self_check(op: str, key: str, device: torch.device | str) -> str | None:
     dtype, sizes, words = tuning.parse_key(key)
     cases = [case for case in probe.cases if case in words] or ["plain"]
     for case in cases:
-        settings: dict[str, Any] = {"case": case, "sizes": {**sizes, **probe.widths(words)}, "truth": probe.yardstick}
+        settings: dict[str, Any] = {
+            "case": case,
+            "sizes": {**sizes, **probe.widths(words, {**probe.small, **sizes})},
+            "truth": probe.yardstick,
+        }
         found = error(probe, "triton", device, dtype, **settings)
         if not wrong(found, {}, dtype):  # the usual case, which needs no yardstick
             continue

@@ -21,6 +21,7 @@ VERBS = {
     ),
     "report": ("write the HTML report of a run again", "seqlong report runs/demo-20260801-120000"),
     "bench": ("list or run the benchmarks", "seqlong bench"),
+    "doctor": ("check this machine: what each op runs as, how right and how fast", "seqlong doctor"),
 }
 _LIGHTNING = ("fit", "validate", "test", "predict")
 # Flags that stand alone; every other flag may take its value from the next word.
@@ -86,6 +87,10 @@ def _dispatch(words: list[str]) -> int:
         from seqlong.bench import command
 
         return int(command(rest) or 0)
+    if verb == "doctor":
+        from seqlong.doctor import command as doctor
+
+        return doctor(rest)
     overrides, flags = split(rest)
     if any(flag in ("-h", "--help") for flag in flags):
         from seqlong.help import verb_help
