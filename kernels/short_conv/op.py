@@ -7,8 +7,20 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from seqlong.kernels.dispatch import choose
 from seqlong.kernels.precision import accumulation, as_written
+from seqlong.kernels.runtime import triton_runs_on
+from seqlong.kernels.short_conv.reference import short_conv_reference
 
+OFFERED = {
+    "triton": "one pass over the row in Triton",
+    "chunked": "tiles of the row in torch, any device",
+    "reference": "float64 loop over tokens",
+}
+#: Types that the Triton kernels compute in float32.
+TRITON_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: Most taps that the Triton kernels hold.
+TRITON_TAPS = 4
 #: Tokens handled at a time on a CPU, so that the taps of one slice stay in cache.
 TILE = 1024
 
@@ -134,6 +146,18 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 _short_conv.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _offered(x: Tensor, weight: Tensor) -> tuple[dict[str, str], str]:
+    """The implementations that can serve, and the one to prefer."""
+    obstacle = triton_runs_on(x.device)
+    if x.dtype not in TRITON_TYPES:
+        obstacle = f"the Triton kernels do not compute in {x.dtype}"
+    elif weight.shape[1] > TRITON_TAPS:
+        obstacle = f"the Triton kernels hold {TRITON_TAPS} taps, not {weight.shape[1]}"
+    if obstacle is None:
+        return OFFERED, "triton" if x.is_cuda else "chunked"
+    return {"chunked": f"{OFFERED['chunked']} ({obstacle})", "reference": OFFERED["reference"]}, "chunked"
+
+
 def short_conv(
     x: Float[Tensor, "b t d"],
     weight: Float[Tensor, "d w"],
@@ -143,26 +167,52 @@ def short_conv(
     state: Float[Tensor, "b r d"] | None = None,
     lengths: Int[Tensor, "b"] | None = None,
     output_state: bool = False,
+    implementation: str | None = None,
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b r d"] | None]:
     """``y_t = silu(Σ_j weight[:, w-1-j] x_{t-j} + bias)`` over the w tokens up to t of the same segment.
 
     Args:
-        x: inputs.
+        x: inputs; may be a part of a wider tensor, which is read where it lies.
         weight: one filter a channel, the last column for the token itself (the layout of ``nn.Conv1d``).
         bias: per channel.
         starts: True at tokens where a segment starts; earlier tokens are not seen from there on.
         state: the r = w - 1 inputs before the first; zero if None.
         lengths: tokens of each row before its padding; all if None. Only the state after the row depends on it.
         output_state: also return the state after the row.
+        implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose.
 
     Only x is kept for the backward pass; the pre-activation is computed again.
+
+    Raises:
+        ValueError: the implementation that was asked for cannot serve this device, type or filter.
     """
-    reach = weight.shape[1] - 1
-    before = x.new_zeros(x.shape[0], reach, x.shape[2]) if state is None else state
-    output = _short_conv(x, weight, bias, starts, before)
-    if not output_state:
-        return output, None
-    return output, _final_state(x, before, starts, lengths)
+    choice = choose("short_conv", *_offered(x, weight), implementation).implementation
+    if choice == "reference":
+        output = short_conv_reference(x, weight, bias, starts, state)[0]
+        return output, _after(x, weight, starts, state, lengths) if output_state else None
+    if choice == "chunked":
+        before = _nothing(x, weight) if state is None else state
+        output = _short_conv(x, weight, bias, starts, before)
+        return output, _after(x, weight, starts, before, lengths) if output_state else None
+
+    from seqlong.kernels.short_conv.triton import short_conv_step, short_conv_triton
+
+    if output_state and x.shape[1] == 1 and lengths is None and not _differentiated(x, weight, bias, state):
+        return short_conv_step(x, weight, bias, starts, _nothing(x, weight) if state is None else state)
+    output = short_conv_triton(x, weight, bias, starts, state)
+    return output, _after(x, weight, starts, state, lengths) if output_state else None
+
+
+def _nothing(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
+
+
+def _differentiated(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def _after(x: Tensor, weight: Tensor, starts: Tensor | None, state: Tensor | None, lengths: Tensor | None) -> Tensor:
+    return _final_state(x, _nothing(x, weight) if state is None else state, starts, lengths)
 
 
 def _final_state(x: Tensor, before: Tensor, starts: Tensor | None, lengths: Tensor | None) -> Tensor:

@@ -17,7 +17,9 @@ def short_conv_reference(
     """``y_t = silu(Σ_j weight[:, w-1-j] x_{t-j} + bias)``; returns the outputs and the last w-1 inputs."""
     rows, length, width = x.shape
     taps = weight.shape[1]
-    memory = torch.zeros(rows, taps - 1, width, dtype=torch.float64) if state is None else state.double()
+    if state is None:
+        state = x.new_zeros(rows, taps - 1, width)
+    memory = state.double()
     outputs = []
     for step in range(length):
         if starts is not None:
@@ -26,4 +28,5 @@ def short_conv_reference(
         total = (window * weight.double().T).sum(dim=1) + (0 if bias is None else bias.double())
         outputs.append(total * total.sigmoid())
         memory = window[:, 1:]
-    return torch.stack(outputs, dim=1).to(x.dtype), memory.to(x.dtype)
+    output = torch.stack(outputs, dim=1) if outputs else x.double()
+    return output.to(x.dtype), memory.to(x.dtype)
