@@ -1,4 +1,4 @@
-"""Root-mean-square norms: plain (torch's own) and gated, per group."""
+"""Root-mean-square norms: plain and gated, per group."""
 
 from __future__ import annotations
 
@@ -7,14 +7,56 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from seqlong.kernels.dispatch import choose
+from seqlong.kernels.norm.reference import gated_rms_norm_reference, rms_norm_reference
 from seqlong.kernels.precision import accumulation, as_written
+from seqlong.kernels.runtime import triton_runs_on
 
+OFFERED = {
+    "triton": "one pass over the rows in Triton",
+    "chunked": "torch, any device",
+    "reference": "float64",
+}
+#: Types that the Triton kernels compute in float32.
+TRITON_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: Widest row (or group of channels) that a program holds.
+TRITON_WIDTH = 16384
 #: Rows handled at a time on a CPU, so that the intermediate results of a slice stay in cache.
 TILE = 1024
 
 
-def rms_norm(x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"], eps: float = 1e-5) -> Float[Tensor, "*b d"]:
-    """``x / sqrt(mean(x²) + eps) * weight``, the mean in float32, in x's type. Source: arXiv 1910.07467."""
+def _offered(x: Tensor, width: int) -> tuple[dict[str, str], str]:
+    """The implementations that can serve, and the one to prefer."""
+    obstacle = triton_runs_on(x.device)
+    if x.dtype not in TRITON_TYPES:
+        obstacle = f"the Triton kernels do not compute in {x.dtype}"
+    elif width > TRITON_WIDTH:
+        obstacle = f"the Triton kernels hold rows of {TRITON_WIDTH}, not {width}"
+    if obstacle is None:
+        return OFFERED, "triton" if x.is_cuda else "chunked"
+    return {"chunked": f"{OFFERED['chunked']} ({obstacle})", "reference": OFFERED["reference"]}, "chunked"
+
+
+def rms_norm(
+    x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"], eps: float = 1e-5, implementation: str | None = None
+) -> Float[Tensor, "*b d"]:
+    """``x / sqrt(mean(x²) + eps) ⊙ weight``, computed in float32 (float64 for float64), in x's type.
+
+    Args:
+        x: rows of d; may be a part of a wider tensor, which is read where it lies.
+        weight: one factor a channel.
+        eps: added to the mean square.
+        implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose.
+
+    Only x is kept for the backward pass. Source: arXiv 1910.07467.
+    """
+    choice = choose("rms_norm", *_offered(x, x.shape[-1]), implementation).implementation
+    if choice == "reference":
+        return rms_norm_reference(x, weight, eps)
+    if choice == "triton":
+        from seqlong.kernels.norm.triton import rms_norm_triton
+
+        return rms_norm_triton(x, None, weight, 1, eps)
     if x.dtype in (torch.float32, torch.float64):
         return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
     return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
@@ -100,9 +142,32 @@ def gated_rms_norm(
     weight: Float[Tensor, "d"],
     groups: int = 1,
     eps: float = 1e-5,
+    implementation: str | None = None,
 ) -> Float[Tensor, "*b d"]:
     """``RMSNorm(x ⊙ silu(gate)) ⊙ weight``, the mean over each of ``groups`` equal parts of d (Mamba2's norm).
 
-    Only x and gate are kept for the backward pass. Computed in float32. Source: arXiv 2405.21060.
+    Args:
+        x: rows of d.
+        gate: of x's shape; x and gate may be parts of wider tensors, which are read where they lie.
+        weight: one factor a channel.
+        groups: equal parts of d that are normed apart.
+        eps: added to the mean square.
+        implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose.
+
+    Only x and gate are kept for the backward pass. Computed in float32 (float64 for float64).
+
+    Raises:
+        ValueError: d is not a multiple of groups.
+
+    Source: arXiv 2405.21060.
     """
+    if x.shape[-1] % groups:
+        raise ValueError(f"gated_rms_norm needs a width divisible by groups, found {x.shape[-1]} and {groups} groups")
+    choice = choose("gated_rms_norm", *_offered(x, x.shape[-1] // groups), implementation).implementation
+    if choice == "reference":
+        return gated_rms_norm_reference(x, gate, weight, groups, eps)
+    if choice == "triton":
+        from seqlong.kernels.norm.triton import rms_norm_triton
+
+        return rms_norm_triton(x, gate, weight, groups, eps)
     return _gated_rms_norm(x, gate, weight, groups, eps)
