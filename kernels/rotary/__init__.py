@@ -1,0 +1,3 @@
+from seqlong.kernels.rotary.op import rotary
+
+__all__ = ["rotary"]
