@@ -1,0 +1,106 @@
+"""The kernel benchmark marks a wrong contender, survives a broken one, and counts what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/kernels.py under another name: PyPI has a package ``kernels`` that transformers looks for."""
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    spec = importlib.util.spec_from_file_location("kernel_benchmark", FOLDER / "kernels.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _measure(bench: ModuleType, change: Callable[[dict[str, Tensor]], Tensor]) -> dict:
+    family = bench.FAMILIES["simple_gla"]
+    return bench.measure(family, lambda x: lambda: change(x), 1, 80, 0.0, torch.device("cpu"))
+
+
+def test_a_wrong_contender_is_named(bench: ModuleType) -> None:
+    right = bench.FAMILIES["simple_gla"].reference
+    assert _measure(bench, right)["wrong"] == []
+
+    def skewed(x: dict[str, Tensor]) -> Tensor:
+        return right({**x, "g": x["g"] * 1.2})
+
+    found = _measure(bench, skewed)
+    assert {"output", "g"} <= set(found["wrong"])
+    found.update(contender="fla", family="simple_gla")
+    assert "WRONG: output by" in bench.peer_name(found)
+
+
+def test_an_error_far_out_in_a_long_row_is_seen(bench: ModuleType) -> None:
+    """Only positions beyond 4,096 are wrong, as where an address has overflowed."""
+    family = bench.FAMILIES["simple_gla"]
+
+    def late(x: dict[str, Tensor]) -> Tensor:
+        output = family.reference(x)
+        return torch.cat([output[:, :4500], 1.5 * output[:, 4500:]], dim=1)
+
+    found = bench.measure(family, lambda x: lambda: late(x), 1, 5000, 0.0, torch.device("cpu"))
+    assert "output" in found["wrong"]
+    assert (
+        bench.measure(family, lambda x: lambda: family.reference(x), 1, 5000, 0.0, torch.device("cpu"))["wrong"] == []
+    )
+
+
+def test_bytes_are_every_tensor_once_each_way(bench: ModuleType) -> None:
+    found = _measure(bench, bench.FAMILIES["simple_gla"].reference)
+    tensor, gate = 80 * 16 * 64, 80 * 16
+    # q, k, v, g read twice, grad o read, o and four gradients written
+    assert found["bytes"] == 2 * (3 * tensor * 2 + gate * 4) + 3 * tensor * 2 + gate * 4 + 2 * tensor * 2
+
+
+def test_a_contender_that_crashes_or_hangs_costs_its_row_only(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import json, os, sys, time\n"
+        "for job in json.loads(sys.argv[1]):\n"
+        "    if job[1] == 'crash': os._exit(7)\n"
+        "    if job[1] == 'hang': time.sleep(60)\n"
+        "    said = {'contender': job[0], 'family': job[1], 'rows': 1, 'length': 1, 'x': 1.0}\n"
+        "    print('@@' + json.dumps(said), flush=True)\n"
+    )
+
+    def start(todo: list, seconds: float):  # type: ignore[no-untyped-def]
+        return subprocess.Popen([sys.executable, str(script), json.dumps(todo)], stdout=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(bench, "_start", start)
+    todo = [("peer", name, 1, 1) for name in ("first", "crash", "hang", "last")]
+    found = {one["family"]: one for one in bench.run(todo, 0.0, 2.0, time.monotonic() + 60)}
+    assert "failed" not in found["first"] and "failed" not in found["last"]
+    assert "status 7" in found["crash"]["failed"] and "no result within" in found["hang"]["failed"]
+
+
+def test_rows_hold_ours_beside_every_peer(bench: ModuleType) -> None:
+    results: dict = {}
+    speeds: dict[str, float] = {}
+    common = {"family": "simple_gla", "rows": 1, "length": 64}
+    bench.take({"contender": "ceilings", **common, "bytes_per_s": 1e12, "flops_per_s": 1e14}, results, speeds)
+    bench.take({"contender": "seqlong", **common, "fwdbwd_ms": 2.0, "bytes": 10**9}, results, speeds)
+    bench.take({"contender": "fla", **common, "fwdbwd_ms": 8.0}, results, speeds)
+    bench.take({"contender": "chunked", **common, "failed": "out of memory"}, results, speeds)
+    made = {(row.metric, row.peer): row for row in bench.rows(results, speeds)}
+    assert made["fwdbwd_ms", "fla-core simple_gla"].ratio == 4
+    assert made["fwdbwd_ms", "seqlong chunked torch (out of memory)"].peer_value is None
+    assert made["byte_floor", None].value == pytest.approx(50)
