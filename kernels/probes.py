@@ -148,6 +148,11 @@ def _gated_rms_norm_reference(x: Tensor, gate: Tensor, weight: Tensor, groups: i
     return (gated * (gated.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).flatten(-2) * weight
 
 
+def _rotary(draw: Draw) -> Inputs:
+    (b, t), (h, k) = (draw.rows, draw.length), (draw.sizes["h"], draw.sizes["k"])
+    return Inputs({"x": draw.normal(b, t, h, k)}, {"positions": torch.arange(t, device=draw.device).expand(b, t)})
+
+
 def _linear_cross_entropy(draw: Draw) -> Inputs:
     (b, t), (d, y) = (draw.rows, draw.length), (draw.sizes["d"], draw.sizes["y"])
     learned = {"hidden": draw.normal(b, t, d), "weight": draw.normal(y, d, scale=d**-0.5)}
@@ -218,6 +223,7 @@ PROBES = {
         Probe("rms_norm", _NORM, _rms_norm, ("y",), {"d": 136}, {"d": 1024}, reference=_rms_norm_reference),
         Probe("gated_rms_norm", _NORM, _gated_rms_norm, ("y",), {"d": 136, "g": 2}, {"d": 2048, "g": 1},
               reference=_gated_rms_norm_reference),
+        Probe("rotary", "seqlong.kernels.rotary", _rotary, ("y",), {"h": 2, "k": 72}, {"h": 16, "k": 64}),
         Probe("linear_cross_entropy", "seqlong.kernels.cross_entropy", _linear_cross_entropy, ("loss",),
               {"d": 64, "y": 500}, {"d": 1024, "y": 32000}, ("plain", "z_loss")),
         Probe("attention", "seqlong.kernels.attention", _attention, ("o",), {"g": 1, "h": 2, "k": 64},
@@ -234,7 +240,13 @@ def folder(op: str) -> Path:
 
 def function(probe: Probe) -> Callable[..., Any] | None:
     """The op, or None where this version of seqlong has none."""
-    found: Callable[..., Any] | None = getattr(importlib.import_module(probe.module), probe.op, None)
+    try:
+        module = importlib.import_module(probe.module)
+    except ModuleNotFoundError as error:
+        if error.name != probe.module:
+            raise
+        return None
+    found: Callable[..., Any] | None = getattr(module, probe.op, None)
     return found
 
 
