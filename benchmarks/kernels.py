@@ -121,7 +121,9 @@ def run(todo: list[Job], seconds: float, patience: float, until: float) -> Itera
 
 def _start(todo: list[Job], seconds: float) -> subprocess.Popen[str]:
     command = [sys.executable, str(Path(__file__)), "--work", json.dumps(todo), "--seconds", str(seconds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ))
+    # fla would keep on disk what it chose while others used the GPU too.
+    environment = {**os.environ, "FLA_CACHE_RESULTS": "0"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def _drain(child: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:

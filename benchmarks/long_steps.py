@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -50,6 +51,7 @@ PEERS = {
     "hybridna_300m": {"transformers": "transformers Bamba with mamba-ssm kernels and our loss"},
 }  # fmt: skip
 PREFIX = "@@"
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"  # long rows: let the allocator join free pieces
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -216,8 +218,9 @@ def measured(model: str, contender: str, length: int, steps: int, checkpointing:
     """Run ``work`` in a child."""
     job = json.dumps([model, contender, length, steps, checkpointing])
     try:
-        done = subprocess.run([sys.executable, __file__, "--work", job], capture_output=True, text=True, check=False,
-                              timeout=patience)  # fmt: skip
+        command = [sys.executable, __file__, "--work", job]
+        environment = {**os.environ, ALLOCATOR: "expandable_segments:True"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=patience, env=environment)
         said = [line for line in done.stdout.splitlines() if line.startswith(PREFIX)]
         tail = " ".join(done.stderr.split())[-300:]
         found = json.loads(said[-1][len(PREFIX) :]) if said else {"failed": f"status {done.returncode}: {tail}"}
