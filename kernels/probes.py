@@ -85,6 +85,12 @@ def _scalar_decay(draw: Draw) -> Inputs:
     return Inputs(learned, fixed)
 
 
+def _bidirectional_decay(draw: Draw) -> Inputs:
+    given = _scalar_decay(draw)
+    given.learned.pop("initial_state", None)
+    return given
+
+
 def _ssd(draw: Draw) -> Inputs:
     (b, t), (g, h, k, v) = (draw.rows, draw.length), (draw.sizes[name] for name in ("g", "h", "k", "v"))
     learned = {
@@ -216,6 +222,8 @@ PROBES = {
     for probe in (
         Probe("scalar_decay", _DECAY, _scalar_decay, ("o", "final"), {"g": 1, "h": 2, "k": 64, "v": 64},
               {"g": 16, "h": 16, "k": 64, "v": 64}, ("plain", "packed", "reverse"), widths=_groups),
+        Probe("bidirectional_decay", _DECAY, _bidirectional_decay, ("o",), {"g": 1, "h": 2, "k": 64, "v": 64},
+              {"g": 16, "h": 16, "k": 64, "v": 64}, ("plain", "packed"), widths=_groups),
         Probe("ssd", _DECAY, _ssd, ("y", "final"), {"g": 1, "h": 2, "k": 128, "v": 64},
               {"g": 1, "h": 32, "k": 128, "v": 64}, ("plain", "packed")),
         Probe("short_conv", "seqlong.kernels.short_conv", _short_conv, ("y", "state"), {"d": 72, "w": 4},

@@ -77,7 +77,7 @@ _verdicts: dict[str, str | None] = {}
 _running: dict[str, threading.Event] = {}
 _lock = threading.Lock()
 _local = threading.local()
-_everywhere: dict[str, Config] = {}
+_backward: dict[tuple[str, str], Config] = {}
 
 
 def key(dtype: torch.dtype, **sizes: int) -> str:
@@ -125,8 +125,8 @@ def settle(op: str, key: str, default: Config, device: torch.device | str, check
         A copy, or None if the caller is to run the chunked form.
     """
     forced = getattr(_local, "forced", None)
-    if forced is None and _everywhere and torch._C._current_graph_task_id() != -1:
-        forced = _everywhere
+    if forced is None and (op, key) in _backward and torch._C._current_graph_task_id() != -1:
+        return {**default, **_backward[op, key]}
     if forced is not None:
         wanted = forced.get(op)
         return {**default, **wanted} if wanted is not None else lookup(op, key, default, device)
@@ -178,21 +178,22 @@ def forget() -> None:
 
 
 @contextmanager
-def using(op: str, config: Config, *, backward: bool = False) -> Iterator[None]:
+def using(op: str, config: Config, key: str | None = None) -> Iterator[None]:
     """Within, and on this thread, ``op`` runs with ``config``, and nothing is checked.
 
     Args:
-        backward: also in the threads of all backward passes meanwhile, for an op that asks again there.
+        key: the key that the op will ask for; then the threads of backward passes get ``config`` too.
     """
     before = getattr(_local, "forced", None)
     _local.forced = {**(before or {}), op: config}
-    if backward:
-        _everywhere[op] = config
+    if key is not None:
+        _backward[op, key] = config
     try:
         yield
     finally:
         _local.forced = before
-        _everywhere.pop(op, None)
+        if key is not None:
+            _backward.pop((op, key), None)
 
 
 # -- Files ------------------------------------------------------------------------------------------------------------
@@ -352,7 +353,7 @@ def _judge(
         if f"{key}|{settings}" in saved:
             verdict, remembered = saved[f"{key}|{settings}"], True
         else:
-            verdict = _in_a_thread(check or _default_check(op, key, device), op, config, device)
+            verdict = _in_a_thread(check or _default_check(op, key, device), op, key, config, device)
             if verdict != _LATER:
                 with suppress(OSError):  # a folder that cannot be written costs the next process a check, no more
                     _write(
@@ -385,12 +386,12 @@ def _default_check(op: str, key: str, device: torch.device) -> Check:
     return lambda config: probes.self_check(op, key, device)
 
 
-def _in_a_thread(check: Check, op: str, config: Config, device: torch.device) -> str | None:
+def _in_a_thread(check: Check, op: str, key: str, config: Config, device: torch.device) -> str | None:
     """Modes, autocast, no_grad and streams belong to a thread, so a new one has none of the caller's."""
     result: list[str | None] = []
 
     def work() -> None:
-        with using(op, config):
+        with using(op, config, key):
             try:
                 if device.type == "cuda":
                     torch.cuda.set_device(device)

@@ -114,7 +114,8 @@ def command(arguments: Sequence[str]) -> int:
             known = ", ".join(probes.PROBES)
             raise SeqlongError(f"there is no op '{op}'{nearest(op, probes.PROBES) or f'; there are: {known}'}")
     device = _device(given.device)
-    chosen = [probe for op, probe in probes.PROBES.items() if not given.ops or op in given.ops]
+    chosen = [probe for probe in probes.PROBES.values() if probes.function(probe) is not None or probe.op in given.ops]
+    chosen = [probe for probe in chosen if not given.ops or probe.op in given.ops]
     console = _console(quiet=given.json == "-")
     if given.tune:
         tune(chosen, device, console)
@@ -404,7 +405,7 @@ def _time(probe: probes.Probe, key: str, config: tuning.Config, device: torch.de
     dtype, sizes, words = tuning.parse_key(key)
     widths = {**probe.large, **sizes}
     widths |= probe.widths(words, widths)
-    with tuning.using(probe.op, config, backward=True):
+    with tuning.using(probe.op, config, key):
         seconds, _ = _attempt(
             lambda: probes.measure(probe, "triton", device, dtype, length=TUNING_LENGTH, sizes=widths, budget=0.2)
         )

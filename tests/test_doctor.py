@@ -64,6 +64,8 @@ def test_every_op_has_a_probe() -> None:
 @pytest.mark.parametrize(("op", "case"), [(op, case) for op, probe in probes.PROBES.items() for case in probe.cases])
 def test_every_op_is_right_here(op: str, case: str, dtype: torch.dtype) -> None:
     probe = probes.PROBES[op]
+    if probes.function(probe) is None:
+        pytest.skip(f"this version of seqlong has no {op}")
     found = probes.error(probe, None, "cpu", dtype, case=case, length=99)
     assert probes.wrong(found, {}, dtype) is None
     if dtype == torch.bfloat16:
@@ -111,7 +113,8 @@ def test_what_is_missing_is_said() -> None:
 def test_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--quick"]) == 0
     printed = capsys.readouterr().out
-    for word in ("Environment", "torch", "Triton", "disk", "runs as", *probes.PROBES, "All ops are right"):
+    present = [op for op, probe in probes.PROBES.items() if probes.function(probe) is not None]
+    for word in ("Environment", "torch", "Triton", "disk", "runs as", *present, "All ops are right"):
         assert word in printed
     assert len(printed.splitlines()) < 45, "one screen"
     assert max(map(len, printed.splitlines())) <= 120

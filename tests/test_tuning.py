@@ -343,10 +343,36 @@ def test_candidates_reach_the_backward_pass() -> None:
             return grad
 
     found: list[Config | None] = []
-    with tuning.using("op", {"chunk": 16}, backward=True):
+    with tuning.using("op", {"chunk": 16}, KEY):
         Op.apply(torch.ones(2, requires_grad=True)).sum().backward()
     assert found == [{**DEFAULT, "chunk": 16}]
     assert settle("op", KEY, DEFAULT, "cpu") == DEFAULT
+
+
+def test_a_check_reaches_its_own_backward_pass(own: Path) -> None:
+    """``--tune`` checks configurations that no file names: forward and backward must not use different ones."""
+    found: list[Config | None] = []
+
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+            forced, tuning._local.forced = tuning._local.forced, None
+            found.append(settle("op", KEY, DEFAULT, "cpu"))
+            tuning._local.forced = forced
+            return grad
+
+    def check(config: Config) -> str | None:
+        Op.apply(torch.ones(2, requires_grad=True)).sum().backward()
+        return None
+
+    candidate: Config = {**DEFAULT, "chunk": 8}
+    assert tuning.trusted("op", KEY, candidate, "cpu", check)
+    assert found == [candidate]
+    assert settle("op", KEY, DEFAULT, "cpu") == DEFAULT, "and nothing of it stays"
 
 
 def _child(queue) -> None:  # type: ignore[no-untyped-def]
