@@ -119,27 +119,9 @@ def _short_conv(draw: Draw) -> Inputs:
     return Inputs(learned, fixed)
 
 
-def _short_conv_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    starts: Tensor | None = None,
-    state: Tensor | None = None,
-    output_state: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    from seqlong.kernels.short_conv.reference import short_conv_reference
-
-    output, final = short_conv_reference(x, weight, bias, starts, state)
-    return output, final if output_state else None
-
-
 def _rms_norm(draw: Draw) -> Inputs:
     d = draw.sizes["d"]
     return Inputs({"x": draw.normal(draw.rows, draw.length, d), "weight": draw.normal(d, dtype=torch.float32)})
-
-
-def _rms_norm_reference(x: Tensor, weight: Tensor) -> Tensor:
-    return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
 
 
 def _gated_rms_norm(draw: Draw) -> Inputs:
@@ -147,11 +129,6 @@ def _gated_rms_norm(draw: Draw) -> Inputs:
     x, gate = (draw.normal(draw.rows, draw.length, d) for _ in range(2))
     weight = draw.normal(d, dtype=torch.float32)
     return Inputs({"x": x, "gate": gate, "weight": weight}, {"groups": draw.sizes.get("g", 1)})
-
-
-def _gated_rms_norm_reference(x: Tensor, gate: Tensor, weight: Tensor, groups: int) -> Tensor:
-    gated = (x * gate * gate.sigmoid()).unflatten(-1, (groups, -1))
-    return (gated * (gated.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).flatten(-2) * weight
 
 
 def _rotary(draw: Draw) -> Inputs:
@@ -194,7 +171,6 @@ class Probe:
         small, large: its widths in a check and in a measurement.
         cases: ``plain``, and what else has a path of its own in the code.
         yardstick: the form in plain torch.
-        reference: the definition, for an op that has no ``implementation="reference"``; arguments by name.
         widths: what the bare words of a tuning key say about widths.
     """
 
@@ -206,7 +182,6 @@ class Probe:
     large: Mapping[str, int]
     cases: tuple[str, ...] = ("plain",)
     yardstick: str = "chunked"
-    reference: Callable[..., Any] | None = None
     widths: Callable[[set[str], Mapping[str, int]], dict[str, int]] = lambda words, sizes: {}
 
 
@@ -227,10 +202,9 @@ PROBES = {
         Probe("ssd", _DECAY, _ssd, ("y", "final"), {"g": 1, "h": 2, "k": 128, "v": 64},
               {"g": 1, "h": 32, "k": 128, "v": 64}, ("plain", "packed")),
         Probe("short_conv", "seqlong.kernels.short_conv", _short_conv, ("y", "state"), {"d": 72, "w": 4},
-              {"d": 2304, "w": 4}, ("plain", "packed"), reference=_short_conv_reference),
-        Probe("rms_norm", _NORM, _rms_norm, ("y",), {"d": 136}, {"d": 1024}, reference=_rms_norm_reference),
-        Probe("gated_rms_norm", _NORM, _gated_rms_norm, ("y",), {"d": 136, "g": 2}, {"d": 2048, "g": 1},
-              reference=_gated_rms_norm_reference),
+              {"d": 2304, "w": 4}, ("plain", "packed")),
+        Probe("rms_norm", _NORM, _rms_norm, ("y",), {"d": 136}, {"d": 1024}),
+        Probe("gated_rms_norm", _NORM, _gated_rms_norm, ("y",), {"d": 136, "g": 2}, {"d": 2048, "g": 1}),
         Probe("rotary", "seqlong.kernels.rotary", _rotary, ("y",), {"h": 2, "k": 72}, {"h": 16, "k": 64}),
         Probe("linear_cross_entropy", "seqlong.kernels.cross_entropy", _linear_cross_entropy, ("loss",),
               {"d": 64, "y": 500}, {"d": 1024, "y": 32000}, ("plain", "z_loss")),
@@ -259,14 +233,9 @@ def function(probe: Probe) -> Callable[..., Any] | None:
 
 
 def implementations(probe: Probe) -> tuple[str, ...]:
-    """What ``implementation=`` may be; the yardstick alone for an op that knows only that."""
+    """What ``implementation=`` may be, somewhere: the ``OFFERED`` of the op's module."""
     op = function(probe)
-    if op is None:
-        return ()
-    if "implementation" not in inspect.signature(op).parameters:
-        return (probe.yardstick,)
-    offered = getattr(inspect.getmodule(inspect.unwrap(op)), "OFFERED", None) or {"chunked": "", "reference": ""}
-    return tuple(offered.get(probe.op, offered) if isinstance(offered.get(probe.op), Mapping) else offered)
+    return () if op is None else tuple(getattr(inspect.getmodule(inspect.unwrap(op)), "OFFERED", ()))
 
 
 def inputs(
@@ -284,37 +253,27 @@ def inputs(
     return Inputs({name: value.detach().requires_grad_() for name, value in made.learned.items()}, made.fixed)
 
 
-def run(probe: Probe, given: Inputs, implementation: str | None, *, backward: bool = True) -> dict[str, Tensor]:
-    """Outputs by name and, as ``d`` and the name of the argument, gradients of a fixed sum of the outputs.
+def call(probe: Probe, given: Inputs, implementation: str | None) -> dict[str, Tensor]:
+    """Outputs by name.
 
     Raises:
-        ValueError: the op has no such implementation.
+        ValueError: there is no such op, or it has no such implementation.
     """
     op = function(probe)
     if op is None:
         raise ValueError(f"this version of seqlong has no {probe.op}")
-    known = implementations(probe)
-    if implementation == "reference" and "reference" not in known and probe.reference is not None:
-        results = probe.reference(**given.learned, **given.fixed)
-    elif "implementation" in inspect.signature(op).parameters:
-        results = op(**given.learned, **given.fixed, implementation=implementation)
-    elif implementation in (None, probe.yardstick):
-        results = op(**given.learned, **given.fixed)
-    else:
-        raise ValueError(f"{probe.op} has no implementation '{implementation}'; it has {', '.join(known)}")
+    results = op(**given.learned, **given.fixed, implementation=implementation)
     tensors = results if isinstance(results, tuple) else (results,)
-    found = {name: value for name, value in zip(probe.outputs, tensors, strict=False) if value is not None}
-    if not backward:
-        return found
+    return {name: value for name, value in zip(probe.outputs, tensors, strict=False) if value is not None}
+
+
+def run(probe: Probe, given: Inputs, implementation: str | None) -> dict[str, Tensor]:
+    """Outputs by name and, as ``d`` and the name of the argument, gradients of a fixed sum of the outputs."""
+    found = call(probe, given, implementation)
     generator = torch.Generator().manual_seed(2)
-    incoming = []
-    for value in found.values():
-        if value.numel() < 1 << 20:
-            # Rounded to bf16, so that every type is given the same.
-            drawn = torch.randn(value.shape, generator=generator).bfloat16().to(value.device, value.dtype)
-        else:
-            drawn = torch.ones_like(value)
-        incoming.append(drawn)
+    # Rounded to bf16, so that every type is given the same.
+    drawn = [torch.randn(value.shape, generator=generator).bfloat16() for value in found.values()]
+    incoming = [one.to(value.device, value.dtype) for one, value in zip(drawn, found.values(), strict=True)]
     grads = torch.autograd.grad(list(found.values()), list(given.learned.values()), incoming, materialize_grads=True)
     return {**found, **{f"d{name}": grad for name, grad in zip(given.learned, grads, strict=True)}}
 
@@ -403,11 +362,14 @@ def measure(
     device = torch.device(device)
     given = inputs(probe, device, dtype, length=length, sizes={**probe.large, **(sizes or {})})
 
+    incoming = [torch.ones_like(value) for value in call(probe, given, implementation).values()]
+
     def once() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         begin = time.perf_counter()
-        run(probe, given, implementation)
+        outputs = call(probe, given, implementation)
+        torch.autograd.grad(list(outputs.values()), list(given.learned.values()), incoming, allow_unused=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - begin

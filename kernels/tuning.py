@@ -404,13 +404,18 @@ def _in_a_thread(check: Check, op: str, key: str, config: Config, device: torch.
             except torch.OutOfMemoryError:
                 result.append(_LATER)
             except Exception as error:  # whatever a compiler may throw is a verdict on what it was given
-                first = next(iter(str(error).strip().splitlines()), "")
-                result.append(f"{type(error).__name__}: {first[:300]}")
+                result.append(in_short(error))
 
     thread = threading.Thread(target=work, name=f"check {op}", daemon=True)
     thread.start()
     thread.join()
     return result[0] if result else _LATER
+
+
+def in_short(error: Exception) -> str:
+    """Type, first and last line: compilers quote much source between them."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' ... '.join(line[:200] for line in lines[:1] + lines[1:][-1:])}"
 
 
 def _memory(op: str, device: torch.device) -> Path:

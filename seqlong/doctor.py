@@ -45,7 +45,7 @@ HELP = """Shows, for this machine:
 
 The exit status is 0 if every op is right, 1 if one is wrong, 2 if the command line is."""
 EXAMPLES = """examples:
-  seqlong doctor                      all of it, in half a minute at most
+  seqlong doctor                      all of it
   seqlong doctor --quick              without speed, and plain inputs only
   seqlong doctor ssd scalar_decay     these ops only
   seqlong doctor --json report.json   for a program, or an issue; - writes to the terminal
@@ -300,8 +300,7 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
     try:
         return work(), None
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), "")
-        return None, f"{type(error).__name__}: {first[:200]}"
+        return None, tuning.in_short(error)
 
 
 def examine(probe: probes.Probe, device: torch.device, quick: bool = False) -> Finding:

@@ -41,7 +41,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, op: str, change: Any) -> None:
 
     def wrong(*args: Any, **given: Any) -> Any:
         found = right(*args, **given)
-        if given.get("implementation") == "reference":
+        if given["implementation"] == "reference":
             return found
         return (change(found[0]), *found[1:]) if isinstance(found, tuple) else change(found)
 
@@ -329,3 +329,41 @@ def test_configurations_in_use_are_shown(toy: Sequence[Config], tmp_path: Path) 
     console.print(doctor._used_table(tuning.in_use()))
     printed = console.export_text()
     assert re.search(r'toy +fp32 d8 +own, not checked +\{"pace": 1\}', printed)
+
+
+# -- On a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_every_op_is_right_on_this_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    tuning.forget()
+    assert main(["doctor", "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {op["op"]: op["runs_as"] for op in report["ops"]}["linear_cross_entropy"] == "triton"
+    assert all(op["seconds"] and op["plain_seconds"] for op in report["ops"] if op["runs_as"] == "triton")
+    assert report["configurations"] and all(one["checked"] and one["config"] for one in report["configurations"])
+
+
+@pytest.mark.gpu
+def test_a_recorded_graph_checks_nothing() -> None:
+    probe = probes.PROBES["linear_cross_entropy"]
+    given = probes.inputs(probe, "cuda", torch.bfloat16)
+    for _ in range(2):  # warm-up, as recording needs
+        wanted = probes.call(probe, given, "triton")["loss"].detach().clone()
+    tuning.forget()
+    tuning._verdicts.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        found = probes.call(probe, given, "triton")["loss"]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found, wanted)
+    assert tuning.in_use() == [] and tuning._verdicts == {}
+
+
+@pytest.mark.gpu
+def test_tuning_writes_what_is_then_used(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "TUNING_LENGTH", 2048)
+    assert main(["doctor", "--tune", "--quick", "linear_cross_entropy"]) == 0
+    assert "written to" in capsys.readouterr().out
+    assert {one.source for one in tuning.in_use()} == {"own"}

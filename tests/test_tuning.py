@@ -157,9 +157,9 @@ def test_trusted_says_so_and_warns(own: Path) -> None:
 
 def test_what_a_compiler_throws_is_a_verdict(own: Path) -> None:
     def check(config: Config) -> str | None:
-        raise AssertionError("PassManager::run failed\nmore")
+        raise AssertionError("at 3:4:\n  a = tl.dot(b, c)\n\nPassManager::run failed\n")
 
-    with pytest.warns(RuntimeWarning, match="AssertionError: PassManager::run failed\\. "):
+    with pytest.warns(RuntimeWarning, match=r"AssertionError: at 3:4: \.\.\. PassManager::run failed\. "):
         assert settle("op", KEY, DEFAULT, "cpu", check) is None
 
 
