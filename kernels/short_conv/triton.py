@@ -54,6 +54,24 @@ def _begins(starts, token, high, STARTS: tl.constexpr):
 
 
 @triton.jit
+def _load_flags(starts, token, high, STARTS: tl.constexpr):
+    """Bit i of the result: a segment starts at token + i."""
+    flags = token * 0
+    if STARTS:
+        for i in tl.static_range(4):
+            flags |= tl.load(starts + token + i, mask=token + i < high, other=0).to(tl.int32) << i
+    return flags
+
+
+@triton.jit
+def _bit(flags, i: tl.constexpr, STARTS: tl.constexpr):
+    if STARTS:
+        return ((flags >> i) & 1) != 0
+    else:
+        return False
+
+
+@triton.jit
 def _tap(weight, channel, inside, j: tl.constexpr, W: tl.constexpr):
     """The weight of the input j tokens before, zero past the filter."""
     if j < W:
@@ -114,11 +132,11 @@ def _memory(
 
 @triton.jit
 def _forward_token(
-    now, h1, h2, h3, w0, w1, w2, w3, b, starts, y, token, stop, channel, inside,
+    now, begins, h1, h2, h3, w0, w1, w2, w3, b, y, token, stop, channel, inside,
     D: tl.constexpr, W: tl.constexpr, STARTS: tl.constexpr,
 ):  # fmt: skip
     now = now.to(tl.float32)
-    h1, h2, h3 = _forget(_begins(starts, token, stop, STARTS), h1, h2, h3, STARTS, W)
+    h1, h2, h3 = _forget(begins, h1, h2, h3, STARTS, W)
     total = _weigh(now, h1, h2, h3, w0, w1, w2, w3, b, W)
     out = total / (1 + tl.exp(-total))
     tl.store(y + token.to(tl.int64) * D + channel, out.to(y.dtype.element_ty), mask=inside & (token < stop))
@@ -150,34 +168,36 @@ def _forward(
     if BIAS:
         b = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     x0, x1, x2, x3 = _load_step(x, first, stop, x_token, channel, inside)
+    flags = _load_flags(starts, first, stop, STARTS)
     h1, h2, h3, _ = _memory(x, starts, state, first, length, x_token, channel, inside, D, W, STARTS, STATE)
     for i in range(tl.cdiv(stop - first, 4)):
         t = first + i * 4
         n0, n1, n2, n3 = _load_step(x, t + 4, stop, x_token, channel, inside)
+        flags_next = _load_flags(starts, t + 4, stop, STARTS)
         h1, h2, h3 = _forward_token(
-            x0, h1, h2, h3, w0, w1, w2, w3, b, starts, y, t, stop, channel, inside, D, W, STARTS
+            x0, _bit(flags, 0, STARTS), h1, h2, h3, w0, w1, w2, w3, b, y, t, stop, channel, inside, D, W, STARTS
         )  # fmt: skip
         h1, h2, h3 = _forward_token(
-            x1, h1, h2, h3, w0, w1, w2, w3, b, starts, y, t + 1, stop, channel, inside, D, W, STARTS
+            x1, _bit(flags, 1, STARTS), h1, h2, h3, w0, w1, w2, w3, b, y, t + 1, stop, channel, inside, D, W, STARTS
         )  # fmt: skip
         h1, h2, h3 = _forward_token(
-            x2, h1, h2, h3, w0, w1, w2, w3, b, starts, y, t + 2, stop, channel, inside, D, W, STARTS
+            x2, _bit(flags, 2, STARTS), h1, h2, h3, w0, w1, w2, w3, b, y, t + 2, stop, channel, inside, D, W, STARTS
         )  # fmt: skip
         h1, h2, h3 = _forward_token(
-            x3, h1, h2, h3, w0, w1, w2, w3, b, starts, y, t + 3, stop, channel, inside, D, W, STARTS
+            x3, _bit(flags, 3, STARTS), h1, h2, h3, w0, w1, w2, w3, b, y, t + 3, stop, channel, inside, D, W, STARTS
         )  # fmt: skip
         x0, x1, x2, x3 = n0, n1, n2, n3
+        flags = flags_next
 
 
 @triton.jit
 def _backward_token(
-    now, grad, h1, h2, h3, a1, a2, a3, v0, v1, v2, v3, vb, since, w0, w1, w2, w3, b,
-    starts, dx, dstate, token, first, stop, length, channel, inside,
+    now, grad, begins, h1, h2, h3, a1, a2, a3, v0, v1, v2, v3, vb, since, w0, w1, w2, w3, b,
+    dx, dstate, token, first, stop, channel, inside,
     D: tl.constexpr, W: tl.constexpr, STARTS: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
     """One token: a1..a3 are the gradients so far of the inputs 1..3 tokens before, v0..v3 and vb those of weights."""
     now = now.to(tl.float32)
-    begins = _begins(starts, token, length, STARTS)
     h1, h2, h3 = _forget(begins, h1, h2, h3, STARTS, W)
     total = _weigh(now, h1, h2, h3, w0, w1, w2, w3, b, W)
     gate = 1 / (1 + tl.exp(-total))
@@ -241,6 +261,7 @@ def _backward(
         b = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     x0, x1, x2, x3 = _load_step(x, first, high, x_token, channel, inside)
     g0, g1, g2, g3 = _load_step(grad, first, high, grad_token, channel, inside)
+    flags = _load_flags(starts, first, high, STARTS)
     h1, h2, h3, since = _memory(x, starts, state, first, length, x_token, channel, inside, D, W, STARTS, STATE)
     a1, a2, a3 = zero, zero, zero
     v0, v1, v2, v3, vb = zero, zero, zero, zero, zero
@@ -248,23 +269,25 @@ def _backward(
         t = first + i * 4
         n0, n1, n2, n3 = _load_step(x, t + 4, high, x_token, channel, inside)
         m0, m1, m2, m3 = _load_step(grad, t + 4, high, grad_token, channel, inside)
+        flags_next = _load_flags(starts, t + 4, high, STARTS)
         h1, h2, h3, a1, a2, a3, v0, v1, v2, v3, vb, since = _backward_token(
-            x0, g0, h1, h2, h3, a1, a2, a3, v0, v1, v2, v3, vb, since, w0, w1, w2, w3, b,
-            starts, dx, dstate, t, first, stop, length, channel, inside, D, W, STARTS, STATE,
+            x0, g0, _bit(flags, 0, STARTS), h1, h2, h3, a1, a2, a3, v0, v1, v2, v3, vb, since, w0, w1, w2, w3, b,
+            dx, dstate, t, first, stop, channel, inside, D, W, STARTS, STATE,
         )  # fmt: skip
         h1, h2, h3, a1, a2, a3, v0, v1, v2, v3, vb, since = _backward_token(
-            x1, g1, h1, h2, h3, a1, a2, a3, v0, v1, v2, v3, vb, since, w0, w1, w2, w3, b,
-            starts, dx, dstate, t + 1, first, stop, length, channel, inside, D, W, STARTS, STATE,
+            x1, g1, _bit(flags, 1, STARTS), h1, h2, h3, a1, a2, a3, v0, v1, v2, v3, vb, since, w0, w1, w2, w3, b,
+            dx, dstate, t + 1, first, stop, channel, inside, D, W, STARTS, STATE,
         )  # fmt: skip
         h1, h2, h3, a1, a2, a3, v0, v1, v2, v3, vb, since = _backward_token(
-            x2, g2, h1, h2, h3, a1, a2, a3, v0, v1, v2, v3, vb, since, w0, w1, w2, w3, b,
-            starts, dx, dstate, t + 2, first, stop, length, channel, inside, D, W, STARTS, STATE,
+            x2, g2, _bit(flags, 2, STARTS), h1, h2, h3, a1, a2, a3, v0, v1, v2, v3, vb, since, w0, w1, w2, w3, b,
+            dx, dstate, t + 2, first, stop, channel, inside, D, W, STARTS, STATE,
         )  # fmt: skip
         h1, h2, h3, a1, a2, a3, v0, v1, v2, v3, vb, since = _backward_token(
-            x3, g3, h1, h2, h3, a1, a2, a3, v0, v1, v2, v3, vb, since, w0, w1, w2, w3, b,
-            starts, dx, dstate, t + 3, first, stop, length, channel, inside, D, W, STARTS, STATE,
+            x3, g3, _bit(flags, 3, STARTS), h1, h2, h3, a1, a2, a3, v0, v1, v2, v3, vb, since, w0, w1, w2, w3, b,
+            dx, dstate, t + 3, first, stop, channel, inside, D, W, STARTS, STATE,
         )  # fmt: skip
         x0, x1, x2, x3 = n0, n1, n2, n3
+        flags = flags_next
         g0, g1, g2, g3 = m0, m1, m2, m3
     tl.store(shares + (W - 1) * D, v0, mask=inside)
     if W > 1:
