@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -55,9 +56,7 @@ EXAMPLES = """examples:
 #: Releases that must not run, and why.
 FORBIDDEN = {("lightning", "2.6.2"): "was withdrawn", ("lightning", "2.6.3"): "was withdrawn"}
 LOW_DISK = 5 * 2**30
-#: Tokens of a measurement.
-LENGTHS = {"cuda": 32768, "cpu": 1024}
-TUNING_LENGTH = 65536
+LENGTHS, TUNING_LENGTH = {"cuda": 32768, "cpu": 1024}, 65536  # tokens of a measurement
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -75,7 +74,7 @@ class Finding:
     """What was found out about an op.
 
     Attributes:
-        errors: type -> case -> result -> (relative error, that of plain torch).
+        errors: type -> case -> result -> its relative ``error``, and that of ``plain`` torch.
         wrong: sentences, one for each type and case whose error cannot be explained.
         seconds, plain_seconds: forward and backward pass, of what runs here and of plain torch.
     """
@@ -83,7 +82,7 @@ class Finding:
     op: str
     runs_as: str
     reason: str
-    errors: dict[str, dict[str, dict[str, tuple[float, float]]]] = field(default_factory=dict)
+    errors: dict[str, dict[str, dict[str, dict[str, float]]]] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     seconds: float | None = None
     plain_seconds: float | None = None
@@ -121,7 +120,8 @@ def command(arguments: Sequence[str]) -> int:
         tune(chosen, device, console)
     facts = environment(device)
     findings = []
-    with console.status("") as status:
+    with warnings.catch_warnings(), console.status("") as status:
+        warnings.showwarning = _show_warning
         for probe in chosen:
             status.update(f"checking {probe.op}")
             findings.append(examine(probe, device, quick=given.quick))
@@ -130,8 +130,7 @@ def command(arguments: Sequence[str]) -> int:
     _show(console, facts, findings, used, advice, device)
     if given.json:
         content = {
-            "environment": {fact.name: fact.value for fact in facts},
-            "device": device.type,
+            "environment": {fact.name: fact.value for fact in facts} | {"device": device.type},
             "ops": [asdict(finding) for finding in findings],
             "configurations": [asdict(settled) for settled in used],
             "advice": advice,
@@ -139,6 +138,10 @@ def command(arguments: Sequence[str]) -> int:
         }
         _write_json(given.json, content)
     return 1 if any(finding.wrong for finding in findings) else 0
+
+
+def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)
 
 
 def _device(asked: str | None) -> torch.device:
@@ -222,8 +225,8 @@ def _driver() -> str | None:
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
+    asked = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        asked = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -257,8 +260,7 @@ def advise(device: torch.device, facts: Sequence[Fact]) -> list[str]:
             said.append("Little disk is left for runs: free some, or choose another place with run.root=FOLDER.")
         elif fact.bad and fact.name != "GPU":
             said.append(f"{fact.name}: {fact.value}.")
-    settled = tuning.in_use()
-    if any(one.source == "default" and one.checked for one in settled):
+    if any(one.source == "default" and one.checked for one in tuning.in_use()):
         said.append("Some configurations are not tuned for this GPU: seqlong doctor --tune")
     return said
 
@@ -339,7 +341,7 @@ def _compare(probe: probes.Probe, finding: Finding, device: torch.device, dtype:
         return
     plain, _ = _attempt(lambda: probes.error(probe, probe.yardstick, device, dtype, case=case))
     plain = plain or {}
-    saved = {name: (value, plain.get(name, float("nan"))) for name, value in errors.items()}
+    saved = {name: {"error": value, "plain": plain.get(name, float("nan"))} for name, value in errors.items()}
     finding.errors.setdefault(_NAMES[dtype], {})[case] = saved
     # Plain torch is no yardstick for itself.
     yardstick = {} if finding.runs_as == probe.yardstick else plain
@@ -403,11 +405,9 @@ def _time(probe: probes.Probe, key: str, config: tuning.Config, device: torch.de
     """Seconds of a forward and backward pass with ``config``; None where it does not run (too large for the GPU)."""
     dtype, sizes, words = tuning.parse_key(key)
     widths = {**probe.large, **sizes}
-    widths |= probe.widths(words, widths)
+    more: Any = {"length": TUNING_LENGTH, "sizes": widths | probe.widths(words, widths), "budget": 0.2}
     with tuning.using(probe.op, config, key):
-        seconds, _ = _attempt(
-            lambda: probes.measure(probe, "triton", device, dtype, length=TUNING_LENGTH, sizes=widths, budget=0.2)
-        )
+        seconds, _ = _attempt(lambda: probes.measure(probe, "triton", device, dtype, **more))
     return None if seconds is None else float(seconds)
 
 
@@ -422,20 +422,21 @@ def _show(
     advice: Sequence[str],
     device: torch.device,
 ) -> None:
-    for table in _environment_table(facts), _ops_table(findings, device), *([_used_table(used)] if used else []):
+    tables = [_environment_table(facts), _ops_table(findings, device), _why_table(findings)]
+    for table in [*tables, _used_table(used)] if used else tables:
         console.print(table)
         console.print()
     wrong = [sentence for finding in findings for sentence in finding.wrong]
-    for sentence in wrong:
-        console.print(f"[bold red]wrong[/bold red]  {escape(sentence)}")
-    for sentence in advice:
-        console.print(f"[bold]advice[/bold]  {escape(sentence)}")
+    for title, sentences in (("[bold red]wrong[/bold red]", wrong), ("[bold]advice[/bold]", advice)):
+        for sentence in sentences:
+            console.print(f"{title}  {escape(sentence)}")
     if not wrong:
         console.print("[green]All ops are right on this machine.[/green]")
 
 
 def _table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.show_header = any(headings)
     for heading in headings:
         table.add_column(heading)
     return table
@@ -443,7 +444,6 @@ def _table(title: str, *headings: str) -> Table:
 
 def _environment_table(facts: Sequence[Fact]) -> Table:
     table = _table("Environment", "", "")
-    table.show_header = False
     for fact in facts:
         table.add_row(f"[dim]{escape(fact.name)}[/dim]", f"{'[red]' if fact.bad else ''}{escape(fact.value)}")
     return table
@@ -451,13 +451,24 @@ def _environment_table(facts: Sequence[Fact]) -> Table:
 
 def _ops_table(findings: Sequence[Finding], device: torch.device) -> Table:
     dtype = next((name for finding in findings for name in finding.errors), "")
-    headings = ("op", "runs as", "why", f"output error, {dtype}", "gradient error", "speed")
+    headings = ("op", "runs as", f"output error, {dtype}", "gradient error", "speed")
     table = _table(f"Ops on the {'GPU' if device.type == 'cuda' else 'CPU'}", *headings)
     for finding in findings:
         output, gradient = _worst(finding, False), _worst(finding, True)
-        table.add_row(
-            finding.op, finding.runs_as, f"[dim]{escape(finding.reason)}[/dim]", output, gradient, _speed(finding)
-        )
+        table.add_row(finding.op, finding.runs_as, output, gradient, _speed(finding))
+    table.columns[0].no_wrap = True
+    return table
+
+
+def _why_table(findings: Sequence[Finding]) -> Table:
+    """Reasons, each once, with the ops that it is for."""
+    table = _table("Why", "", "")
+    reasons: dict[str, list[str]] = {}
+    for finding in findings:
+        reasons.setdefault(finding.reason, []).append(finding.op)
+    for reason, ops in reasons.items():
+        table.add_row(escape("\n".join(ops)), f"[dim]{escape(reason)}[/dim]")
+    table.columns[0].no_wrap = True
     return table
 
 
@@ -468,7 +479,7 @@ def _worst(finding: Finding, gradients: bool) -> str:
     pairs = [pair for case in cases.values() for name, pair in case.items() if (name in probe.outputs) != gradients]
     if not pairs:
         return "[red]failed[/red]" if finding.wrong else "–"
-    found, plain = max(pair[0] for pair in pairs), max(pair[1] for pair in pairs)
+    found, plain = (max(pair[side] for pair in pairs) for side in ("error", "plain"))
     brackets = "" if finding.runs_as == probe.yardstick else f" [dim]({plain:.1e})[/dim]"
     return f"[{'red' if finding.wrong else 'green'}]{found:.1e}[/]{brackets}"
 

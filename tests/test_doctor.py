@@ -120,6 +120,25 @@ def test_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, printed.splitlines())) <= 120
 
 
+def test_a_damaged_tuning_file_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "own.json").write_text('{"op": {')
+    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "own.json"))
+    monkeypatch.setattr(tuning, "_complained", set())
+    tuning.forget()
+
+    def examine(probe: probes.Probe, device: torch.device, quick: bool) -> doctor.Finding:
+        tuning.lookup(probe.op, "bf16", {}, device)
+        return doctor.Finding(probe.op, "chunked", "")
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    assert main(["doctor", "rms_norm", "--quick"]) == 0
+    tuning.forget()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path / 'own.json'}:1: is not JSON")
+
+
 def test_a_wrong_op_is_named_and_changes_the_exit_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
