@@ -24,7 +24,7 @@ class Plan:
         value_tile: value columns of a program.
         key_slice: key columns of a program in the gradients of q and k.
         run: chunks of a program there.
-        states, forward, fused, values, keys: warps and pipeline stages of each kernel, as ``10 * warps + stages``.
+        states, forward, fused, values, keys, scores: warps and pipeline stages of each kernel, as ``10 * warps + stages``.
     """
 
     chunk: int = 64
@@ -37,6 +37,7 @@ class Plan:
     fused: int = 43
     values: int = 42
     keys: int = 42
+    scores: int = 43
 
     def launch(self, kernel: str) -> dict[str, int]:
         """Launch arguments of a kernel: warps, and stages of its loop."""
@@ -77,6 +78,7 @@ def default(dtype: torch.dtype, width: int, value_width: int, shared: bool) -> P
         fused=one,
         values=one,
         keys=41,
+        scores=one,
     )
 
 
@@ -93,6 +95,6 @@ def _processors(index: int) -> int:
 def segments(like: Tensor, chunks: int, walks: int, programs_per_sm: int) -> tuple[int, int]:
     """How many segments a row is cut into, and chunks in each, for ``walks`` independent walks (rows, heads, tiles)."""
     processors = 2 if INTERPRETED or not like.is_cuda else _processors(like.device.index)
-    wanted = max(1, min(chunks, -(-programs_per_sm * processors // walks)))
+    wanted = max(1, min(chunks, programs_per_sm * processors // walks))  # a program more would be one wave more
     each = -(-chunks // wanted)
     return -(-chunks // each), each

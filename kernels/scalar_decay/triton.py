@@ -85,43 +85,53 @@ def _float(x: Tensor | None) -> Tensor | None:
 
 def _prepare(gate: Tensor, bias: Tensor | None, rate: Tensor | None, starts: Tensor | None, reverse: bool, z: _Sizes):  # type: ignore[no-untyped-def]
     total = gate.new_empty(z.B, z.H, z.NC * z.plan.chunk, dtype=torch.float32)
-    step = torch.empty_like(total) if rate is not None else total
+    late = torch.empty_like(total) if rate is not None else total
     wide = min(32, triton.next_power_of_2(z.H))
     triton_forward.prepare[(z.NC * z.B, triton.cdiv(z.H, wide))](
         gate, total if bias is None else bias, total if rate is None else rate,
-        total if starts is None else starts.view(torch.uint8), total, step, z.T, z.H, z.NC, *gate.stride(),
+        total if starts is None else starts.view(torch.uint8), total, late, z.T, z.H, z.NC, *gate.stride(),
         C=z.plan.chunk, BH=wide, SSD=rate is not None, BIAS=bias is not None, STARTS=starts is not None, REV=reverse,
         num_warps=4,
     )  # fmt: skip
-    return total, step
+    return total, late
 
 
-def _walk(x: Tensor, y: Tensor, total: Tensor, step: Tensor, edge: Tensor | None, z: _Sizes, ssd: bool, reverse: bool,
+def _walk(x: Tensor, y: Tensor, total: Tensor, late: Tensor, edge: Tensor | None, z: _Sizes, ssd: bool, reverse: bool,
           adjoint: bool) -> tuple[Tensor, int]:  # fmt: skip
     """The state that enters every segment of a walk, and how kernels find it (ENTRY)."""
     if z.NS == 1:
         return (total, 0) if edge is None else (edge, 2)
     states = total.new_empty(z.B * z.H, z.NS, z.KB, z.VB)
     decays = total.new_empty(z.B * z.H, z.NS)
+    if z.R % 2 == 0 and z.V == z.VB <= 64 and z.K * x.element_size() <= 256:
+        triton_forward.paired_states[(z.H // 2 * z.NS * z.B,)](
+            x, y, total, late, states, decays, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *_strides(x), *_strides(y), K=z.K, V=z.V,
+            KB=z.KB, C=z.plan.chunk, SSD=ssd, REV=reverse, ADJOINT=adjoint, **z.plan.launch("states"),
+        )  # fmt: skip
+        return _scanned(states, decays, edge, z, reverse != adjoint), 1
     triton_forward.segment_states[z.walks](
-        x, y, total, step, states, decays, states, states, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *_strides(x), *_strides(y),
+        x, y, total, late, states, decays, states, states, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *_strides(x), *_strides(y),
         **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd, REV=reverse, ADJOINT=adjoint, ENTRY=0, KEEP=False,
         **z.plan.launch("states"),
     )  # fmt: skip
+    return _scanned(states, decays, edge, z, reverse != adjoint), 1
+
+
+def _scanned(states: Tensor, decays: Tensor, edge: Tensor | None, z: _Sizes, leftward: bool) -> Tensor:
     block = min(128, z.KB * z.VB)
     triton_forward.scan[(z.B * z.H, z.KB * z.VB // block)](
         states, decays, states if edge is None else edge, z.NS, K=z.K, V=z.V, VB=z.VB, KV=z.KB * z.VB,
-        INITIAL=edge is not None, LEFTWARD=reverse != adjoint, BLOCK=block, num_warps=2,
+        INITIAL=edge is not None, LEFTWARD=leftward, BLOCK=block, num_warps=2,
     )  # fmt: skip
-    return states, 1
+    return states
 
 
-def _chunk_states(k: Tensor, v: Tensor, total: Tensor, step: Tensor, entry: Tensor, how: int, z: _Sizes, ssd: bool,
+def _chunk_states(k: Tensor, v: Tensor, total: Tensor, late: Tensor, entry: Tensor, how: int, z: _Sizes, ssd: bool,
                   reverse: bool) -> Tensor:  # fmt: skip
     """The state that enters every chunk, again, from those that enter the segments."""
-    kept = k.new_empty(z.B, z.NC, z.H, z.KB, z.VB)
+    kept = k.new_empty(z.B, z.NC, z.H, z.VB, z.KB)
     triton_forward.segment_states[z.walks](
-        k, v, total, step, entry, entry, entry, kept, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *_strides(k), *_strides(v),
+        k, v, total, late, entry, entry, entry, kept, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *_strides(k), *_strides(v),
         **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd, REV=reverse, ADJOINT=False, ENTRY=how, KEEP=True,
         **z.plan.launch("states"),
     )  # fmt: skip
@@ -148,7 +158,7 @@ def scalar_decay_triton(
     reverse: bool,
     keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output (b t h v), final state (b h k v), and for the backward pass: running decays, steps, kept states.
+    """Output (b t h v), final state (b h k v), and for the backward pass: running decays, delays, kept states.
 
     With ``rate`` (ssd) the gate is a raw step: decay = rate · softplus(gate + bias), v weighs that step, skip · v is added.
     """
@@ -156,26 +166,26 @@ def scalar_decay_triton(
     ssd = rate is not None
     q, k, v = _readable(q), _readable(k), _readable(v)
     z = _sizes(q, v, ssd)
-    total, step = _prepare(gate, _float(bias), _float(rate), starts, reverse, z)
-    entry, how = _walk(k, v, total, step, _float(initial_state), z, ssd, reverse, adjoint=False)
+    total, late = _prepare(gate, _float(bias), _float(rate), starts, reverse, z)
+    entry, how = _walk(k, v, total, late, _float(initial_state), z, ssd, reverse, adjoint=False)
     output = v.new_empty(z.B, z.T, z.H, z.V)
     final = total.new_empty(z.B, z.H, z.K, z.V)
     kept = _kept(v, z, keep, how)
     triton_forward.forward[z.walks](
-        q, k, v, total, step, total if skip is None else _float(skip), entry, output, kept, final, z.T, z.H, z.R, z.NC,
+        q, k, v, total, late, total if skip is None else _float(skip), entry, output, kept, final, z.T, z.H, z.R, z.NC,
         z.NS, z.CPS, *_strides(q), *_strides(k), *_strides(v), **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd,
         SKIP=skip is not None, ENTRY=how, KEEP=keep == CHUNKS, REV=reverse, **z.plan.launch("forward"),
     )  # fmt: skip
     if keep == SEGMENTS and how == 1:
         kept = entry
     none = total.new_empty(0)
-    return output, final, none if keep == NOTHING else total, step if ssd and keep != NOTHING else none.clone(), kept
+    return output, final, none if keep == NOTHING else total, late if ssd and keep != NOTHING else none.clone(), kept
 
 
 def _kept(v: Tensor, z: _Sizes, keep: int, how: int) -> Tensor:
     """Room for what the backward pass is to find."""
     if keep == CHUNKS:
-        return v.new_empty(z.B, z.NC, z.H, z.KB, z.VB)
+        return v.new_empty(z.B, z.NC, z.H, z.VB, z.KB)
     if keep == SEGMENTS and how == 1:
         return v.new_empty(z.B * z.H, z.NS, z.KB, z.VB, dtype=torch.float32)
     return v.new_empty(0, dtype=torch.float32 if keep == SEGMENTS else v.dtype)
@@ -201,7 +211,7 @@ def _(q, k, v, gate, bias, rate, skip, starts, initial_state, reverse, keep):  #
     "seqlong::scalar_decay_triton_backward",
     mutates_args=(),
     schema="(Tensor grad_output, Tensor? grad_final, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? rate, "
-    "Tensor? skip, Tensor? starts, Tensor? initial_state, Tensor total, Tensor step, Tensor kept, bool reverse, "
+    "Tensor? skip, Tensor? starts, Tensor? initial_state, Tensor total, Tensor late, Tensor kept, bool reverse, "
     "int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @as_written
@@ -217,7 +227,7 @@ def scalar_decay_triton_backward(
     starts: Tensor | None,
     initial_state: Tensor | None,
     total: Tensor,
-    step: Tensor,
+    late: Tensor,
     kept: Tensor,
     reverse: bool,
     keep: int,
@@ -228,12 +238,12 @@ def scalar_decay_triton_backward(
     q, k, v, go = (_readable(x) for x in (q, k, v, grad_output.to(v.dtype)))
     z = _sizes(q, v, ssd)
     if not ssd:
-        step = total
+        late = total
     initial = _float(initial_state)
     if keep == SEGMENTS:
         how = 1 if z.NS > 1 else 0 if initial is None else 2
-        kept = _chunk_states(k, v, total, step, kept if how == 1 else initial, how, z, ssd, reverse)
-    entry, how = _walk(q, go, total, step, _float(grad_final), z, ssd, reverse, adjoint=True)
+        kept = _chunk_states(k, v, total, late, kept if how == 1 else initial, how, z, ssd, reverse)
+    entry, how = _walk(q, go, total, late, _float(grad_final), z, ssd, reverse, adjoint=True)
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     dv, dgate = v.new_empty(v.shape), total.new_empty(z.B, z.T, z.H)
     dinitial = total.new_empty(z.B, z.H, z.K, z.V) if initial is not None else total.new_empty(0)
@@ -249,34 +259,43 @@ def scalar_decay_triton_backward(
         return dq, dk, dv, dgate, total.new_empty(0), total.new_empty(0), dinitial
     dkept = torch.empty_like(kept)
     triton_backward.values[z.walks](
-        q, k, total, step, total if skip is None else _float(skip), go, entry, dv, dkept, dinitial, z.T, z.H, z.R, z.NC,
+        q, k, total, late, total if skip is None else _float(skip), go, entry, dv, dkept, dinitial, z.T, z.H, z.R, z.NC,
         z.NS, z.CPS, *_strides(q), *_strides(k), *_strides(go), **common, BV=z.BV, SSD=ssd, SKIP=skip is not None,
         ENTRY=how, DINITIAL=initial is not None, **z.plan.launch("values"),
     )  # fmt: skip
     slices = z.KB // z.BK
-    terms = total.new_empty(slices, *total.shape)
-    anchors = total.new_empty(slices, z.B, z.H, z.NC)
-    through = torch.empty_like(terms) if ssd else terms
-    skips = torch.empty_like(anchors) if skip is not None else anchors
-    if z.R == 1 and not ssd:
-        runs = -(-z.NC // z.plan.run)
-        triton_backward.keys[(slices * z.H * runs * z.B,)](
-            q, k, v, total, go, kept, dkept, dq, dk, terms, anchors, z.T, z.H, z.NC, z.B, z.plan.run, *_strides(q),
-            *_strides(k), *_strides(v), *_strides(go), **common, BK=z.BK, BV=min(z.VB, 128), **z.plan.launch("keys"),
+    shared = z.R > 1 or ssd
+    anchors = total.new_empty(slices, z.B, z.H, z.NC, z.VB if shared else 1)
+    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(go))
+    if shared:
+        terms, through = torch.empty_like(total), torch.empty_like(total)
+        outer, across = (total.new_empty(slices, *total.shape) for _ in range(2))
+        skips = torch.empty_like(total) if skip is not None else total
+        scores = v.new_empty(z.B, z.NC, z.G, z.plan.chunk, z.plan.chunk)
+        triton_backward.shared_scores[(z.G * z.NC * z.B,)](
+            q, k, v, total, late, go, scores, terms, through, skips, z.T, z.H, z.G, z.NC, *strides, **common, SSD=ssd,
+            SKIP=skip is not None, **z.plan.launch("scores"),
+        )  # fmt: skip
+        triton_backward.shared_keys[(slices * z.G * z.NC * z.B,)](
+            q, k, v, total, late, go, kept, dkept, scores, dq, dk, outer, across, anchors, z.T, z.H, z.G, z.NC, z.B,
+            *strides, **common, BK=z.BK, SSD=ssd, **z.plan.launch("keys"),
         )  # fmt: skip
     else:
-        triton_backward.shared_keys[(slices * z.G * z.NC * z.B,)](
-            q, k, v, total, step, go, kept, dkept, dq, dk, terms, through, skips, anchors, z.T, z.H, z.G, z.NC, z.B,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(go), **common, BK=z.BK, SSD=ssd, SKIP=skip is not None,
-            **z.plan.launch("keys"),
+        terms = total.new_empty(slices, *total.shape)
+        outer = through = across = skips = terms
+        runs = -(-z.NC // z.plan.run)
+        triton_backward.keys[(slices * z.H * runs * z.B,)](
+            q, k, v, total, go, kept, dkept, dq, dk, terms, anchors, z.T, z.H, z.NC, z.B, z.plan.run, *strides, **common,
+            BK=z.BK, BV=min(z.VB, 128), **z.plan.launch("keys"),
         )  # fmt: skip
     drate = total.new_empty(z.B, z.NC, z.H) if ssd else total
     dskip = torch.empty_like(drate) if skip is not None else total
-    wide = min(32, triton.next_power_of_2(z.H))
+    wide = min(16, triton.next_power_of_2(z.H))
     triton_backward.gates[(z.NC * z.B, triton.cdiv(z.H, wide))](
-        terms, through, skips, anchors, step, total if rate is None else _float(rate),
+        terms, outer, through, across, skips, anchors, total, late, total if rate is None else _float(rate),
         total if starts is None else starts.view(torch.uint8), dgate, drate, dskip, z.T, z.H, z.NC, z.B, NK=slices,
-        C=z.plan.chunk, BH=wide, SSD=ssd, SKIP=skip is not None, STARTS=starts is not None, REV=reverse, num_warps=4,
+        VB=z.VB, C=z.plan.chunk, BH=wide, SHARED=shared, SSD=ssd, SKIP=skip is not None, STARTS=starts is not None,
+        REV=reverse, num_warps=4,
     )  # fmt: skip
     none = total.new_empty(0)
     sums = (drate.sum((0, 1)) if ssd else none, dskip.sum((0, 1)) if skip is not None else none.clone())
@@ -284,7 +303,7 @@ def scalar_decay_triton_backward(
 
 
 @scalar_decay_triton_backward.register_fake
-def _(grad_output, grad_final, q, k, v, bias, rate, skip, starts, initial_state, total, step, kept, reverse, keep):  # type: ignore[no-untyped-def]
+def _(grad_output, grad_final, q, k, v, bias, rate, skip, starts, initial_state, total, late, kept, reverse, keep):  # type: ignore[no-untyped-def]
     none = total.new_empty(0)
     return (
         q.new_empty(q.shape),
@@ -305,11 +324,11 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_output, grad_final, *_kept):  # type: ignore[no-untyped-def]
-    q, k, v, bias, rate, skip, starts, initial_state, total, step, kept = ctx.saved_tensors
+    q, k, v, bias, rate, skip, starts, initial_state, total, late, kept = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(v)
     dq, dk, dv, dgate, drate, dskip, dinitial = scalar_decay_triton_backward(
-        grad_output, grad_final, q, k, v, bias, rate, skip, starts, initial_state, total, step, kept, ctx.reverse,
+        grad_output, grad_final, q, k, v, bias, rate, skip, starts, initial_state, total, late, kept, ctx.reverse,
         ctx.keep,
     )  # fmt: skip
 

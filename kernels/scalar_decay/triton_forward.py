@@ -28,10 +28,13 @@ def softplus(x):
 
 
 @triton.jit(do_not_specialize=["T", "H", "NC"])
-def prepare(gate, bias, rate, starts, total, step, T, H, NC, sgb, sgt, sgh,
+def prepare(gate, bias, rate, starts, total, late, T, H, NC, sgb, sgt, sgh,
             C: tl.constexpr, BH: tl.constexpr, SSD: tl.constexpr, BIAS: tl.constexpr, STARTS: tl.constexpr,
             REV: tl.constexpr):  # fmt: skip
-    """One chunk: gate (b t h) -> total (b h n·C). SSD: the gate is a raw step, decay = rate · softplus(gate + bias)."""
+    """One chunk: gate (b t h) -> total (b h n·C). SSD: the gate is a raw step, decay = rate · softplus(gate + bias).
+
+    A step is kept as a delay, late = total - log2(step): then step_j 2^(b_i - b_j) = 2^(b_i - late_j).
+    """
     pid = tl.program_id(0)
     c = pid % NC
     row = (pid // NC).to(tl.int64)
@@ -45,15 +48,17 @@ def prepare(gate, bias, rate, starts, total, step, T, H, NC, sgb, sgt, sgh,
     if SSD:
         if BIAS:
             x += tl.load(bias + h, mask=h < H, other=0.0)[None, :]
-        x = tl.where(inside, softplus(x), 0.0)
-        tl.store(step + out, x, mask=kept)
-        x = x * tl.load(rate + h, mask=h < H, other=0.0)[None, :]
+        step = tl.where(inside, softplus(x), 0.0)
+        x = step * tl.load(rate + h, mask=h < H, other=0.0)[None, :]
     x = x * LOG2E
     x = tl.where(x < RESET, RESET, x)
     if STARTS:
         start = tl.load(starts + row * T + t, mask=t < T, other=0)
         x = tl.where((start != 0)[:, None], RESET, x)
-    tl.store(total + out, tl.cumsum(x, 0, reverse=REV), mask=kept)
+    x = tl.cumsum(x, 0, reverse=REV)
+    tl.store(total + out, x, mask=kept)
+    if SSD:
+        tl.store(late + out, x - tl.log2(step), mask=kept)
 
 
 @triton.jit
@@ -77,7 +82,7 @@ def leaving(final, index, iv, S, K: tl.constexpr, V: tl.constexpr, KB: tl.conste
 
 
 @triton.jit(do_not_specialize=["T", "H", "R", "NC", "NS", "CPS"])
-def segment_states(x, y, total, step, states, decays, entry, kept, T, H, R, NC, NS, CPS, sxb, sxt, syb, syt,
+def segment_states(x, y, total, late, states, decays, entry, kept, T, H, R, NC, NS, CPS, sxb, sxt, syb, syt,
                    K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, BV: tl.constexpr,
                    C: tl.constexpr, SSD: tl.constexpr, REV: tl.constexpr, ADJOINT: tl.constexpr,
                    ENTRY: tl.constexpr, KEEP: tl.constexpr, ST: tl.constexpr):  # fmt: skip
@@ -85,7 +90,7 @@ def segment_states(x, y, total, step, states, decays, entry, kept, T, H, R, NC, 
 
     x, y, w are k, v, 2^(bC - b) (times the step), or q, grad o, 2^b in the adjoint walk. From zero, the state at the
     end goes to ``states`` and the segment's log2 decay to ``decays``. With KEEP from ``entry``, and the state before
-    each chunk goes to ``kept`` (b n h k v) in the type of x.
+    each chunk goes to ``kept`` (b n h v k) in the type of x.
     """
     pid = tl.program_id(0)
     h = pid % H
@@ -106,7 +111,7 @@ def segment_states(x, y, total, step, states, decays, entry, kept, T, H, R, NC, 
     y_d = tl.make_tensor_descriptor(y + row * syb + h * V, [T, V], [syt, 1], [C, BV])
     b_d = tl.make_tensor_descriptor(total + base, [NC * C], [1], [C])
     if SSD and not ADJOINT:
-        s_d = tl.make_tensor_descriptor(step + base, [NC * C], [1], [C])
+        late_d = tl.make_tensor_descriptor(late + base, [NC * C], [1], [C])
     tile = tl.arange(0, KB)[:, None] * VB + (iv * BV + tl.arange(0, BV))[None, :]
     S = entering(entry, index, s, NS, iv, K, V, KB, VB, BV, ENTRY)
     sum_ = 0.0
@@ -120,13 +125,15 @@ def segment_states(x, y, total, step, states, decays, entry, kept, T, H, R, NC, 
         bC = bC_next  # scalars are not pipelined: fetched one chunk ahead by hand
         bC_next = tl.load(ends + (c + STEP) * C, mask=i + 1 < n, other=0.0)
         if KEEP:
-            tl.store(kept + ((row * NC + c) * H + h) * (KB * VB) + tile, S.to(kept.dtype.element_ty))
+            turned = (iv * BV + tl.arange(0, BV))[None, :] * KB + tl.arange(0, KB)[:, None]
+            tl.store(kept + ((row * NC + c) * H + h) * (KB * VB) + turned, S.to(kept.dtype.element_ty))
         if ADJOINT:
             w = tl.exp2(b)
         else:
-            w = tl.exp2(bC - b)
+            delay = b
             if SSD:
-                w = w * s_d.load([t0])
+                delay = late_d.load([t0])
+            w = tl.exp2(bC - delay)
         Yw = (Y.to(tl.float32) * w[:, None]).to(Y.dtype)
         S = tl.dot(tl.trans(X), Yw, S * tl.exp2(bC), input_precision="ieee")
         sum_ += bC
@@ -175,13 +182,14 @@ def scan(states, decays, initial, NS, K: tl.constexpr, V: tl.constexpr, VB: tl.c
 
 
 @triton.jit(do_not_specialize=["T", "H", "R", "NC", "NS", "CPS"])
-def forward(q, k, v, total, step, skip, entry, o, kept, final, T, H, R, NC, NS, CPS, sqb, sqt, skb, skt, svb, svt,
+def forward(q, k, v, total, late, skip, entry, o, kept, final, T, H, R, NC, NS, CPS, sqb, sqt, skb, skt, svb, svt,
             K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
             SSD: tl.constexpr, SKIP: tl.constexpr, ENTRY: tl.constexpr, KEEP: tl.constexpr, REV: tl.constexpr,
             ST: tl.constexpr):  # fmt: skip
     """Walk a segment with S on chip: O = 2^b ⊙ (Q S) + (Q Kᵀ ⊙ 2^(b_i - b_j)) V, then S as in ``segment_states``.
 
-    The state that enters each chunk goes to ``kept`` (b n h k v) for the backward pass, in the type of q.
+    The state that enters each chunk goes to ``kept`` (b n h v k) for the backward pass, in the type of q. It walks transposed,
+    so that it and what it receives are left operands, straight from registers.
     """
     pid = tl.program_id(0)
     h = pid % H
@@ -203,13 +211,14 @@ def forward(q, k, v, total, step, skip, entry, o, kept, final, T, H, R, NC, NS, 
     o_d = tl.make_tensor_descriptor(o + (row * T * H + h) * V, [T, V], [H * V, 1], [C, BV])
     b_d = tl.make_tensor_descriptor(total + base, [NC * C], [1], [C])
     if SSD:
-        s_d = tl.make_tensor_descriptor(step + base, [NC * C], [1], [C])
+        late_d = tl.make_tensor_descriptor(late + base, [NC * C], [1], [C])
     if SKIP:
         D = tl.load(skip + h).to(tl.float32)
-    S = entering(entry, index, s, NS, iv, K, V, KB, VB, BV, ENTRY)
-    tile = tl.arange(0, KB)[:, None] * VB + (iv * BV + tl.arange(0, BV))[None, :]
+    S = tl.trans(entering(entry, index, s, NS, iv, K, V, KB, VB, BV, ENTRY))
+    if KEEP:
+        kept_d = tl.make_tensor_descriptor(kept + row * NC * H * (KB * VB), [NC * H * VB, KB], [KB, 1], [BV, KB])
     i_, j_ = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    seen = i_ <= j_ if REV else i_ >= j_
+    seen_t = i_ >= j_ if REV else i_ <= j_
     ends = total + base + LAST
     bC_next = tl.load(ends + c * C)
     for i in tl.range(0, n, num_stages=ST):
@@ -220,23 +229,85 @@ def forward(q, k, v, total, step, skip, entry, o, kept, final, T, H, R, NC, NS, 
         b = b_d.load([t0])
         bC = bC_next
         bC_next = tl.load(ends + (c + STEP) * C, mask=i + 1 < n, other=0.0)
+        delay = b
+        if SSD:
+            delay = late_d.load([t0])
         Sb = S.to(Q.dtype)
         if KEEP:
-            tl.store(kept + ((row * NC + c) * H + h) * (KB * VB) + tile, Sb)
-        A = tl.dot(Q, tl.trans(Kt), input_precision="ieee")
-        G = tl.where(seen, tl.exp2(tl.minimum(b[:, None] - b[None, :], 0.0)), 0.0)
-        w = tl.exp2(bC - b)
-        if SSD:
-            d = s_d.load([t0])
-            G = G * d[None, :]
-            w = w * d
-        O = tl.dot(Q, Sb, input_precision="ieee") * tl.exp2(b)[:, None]
-        O = tl.dot((A * G).to(Q.dtype), X, O, input_precision="ieee")
+            kept_d.store([(c * H + h) * VB + iv * BV, 0], Sb)
+        A = tl.dot(Kt, tl.trans(Q), input_precision="ieee")
+        A = tl.where(seen_t, A * tl.exp2(b[None, :] - delay[:, None]), 0.0).to(Q.dtype)
+        XT = tl.trans(X)
+        O = tl.dot(Sb, tl.trans(Q), input_precision="ieee") * tl.exp2(b)[None, :]
+        O = tl.dot(XT, A, O, input_precision="ieee")
         if SKIP:
-            O += X.to(tl.float32) * D
-        o_d.store([t0, iv * BV], O.to(o.dtype.element_ty))
-        Xw = (X.to(tl.float32) * w[:, None]).to(X.dtype)
-        S = tl.dot(tl.trans(Kt), Xw, S * tl.exp2(bC), input_precision="ieee")
+            O += XT.to(tl.float32) * D
+        o_d.store([t0, iv * BV], tl.trans(O.to(o.dtype.element_ty)))
+        Xw = (XT.to(tl.float32) * tl.exp2(bC - delay)[None, :]).to(X.dtype)
+        S = tl.dot(Xw, Kt, S * tl.exp2(bC), input_precision="ieee")
         c += STEP
     if s == (0 if REV else NS - 1):
-        leaving(final, index, iv, S, K, V, KB, BV)
+        leaving(final, index, iv, tl.trans(S), K, V, KB, BV)
+
+
+@triton.jit(do_not_specialize=["T", "H", "R", "NC", "NS", "CPS"])
+def paired_states(x, y, total, late, states, decays, T, H, R, NC, NS, CPS, sxb, sxt, syb, syt,
+                  K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, C: tl.constexpr, SSD: tl.constexpr,
+                  REV: tl.constexpr, ADJOINT: tl.constexpr, ST: tl.constexpr):  # fmt: skip
+    """``segment_states`` from zero for two neighbouring heads of a group at once: their shared x is read once."""
+    pid = tl.program_id(0)
+    h = (pid % (H // 2)) * 2
+    r = pid // (H // 2)
+    s = r % NS
+    row = (r // NS).to(tl.int64)
+    first = s * CPS
+    n = tl.minimum(CPS, NC - first)
+    LAST: tl.constexpr = 0 if REV else C - 1
+    LEFTWARD: tl.constexpr = REV != ADJOINT
+    STEP: tl.constexpr = -1 if LEFTWARD else 1
+    c = first + n - 1 if LEFTWARD else first
+    index = row * H + h
+    wide = (NC * C).to(tl.int64)
+    base = index * wide
+    x_d = tl.make_tensor_descriptor(x + row * sxb + (h // R) * K, [T, K], [sxt, 1], [C, KB])
+    y_d = tl.make_tensor_descriptor(y + row * syb + h * V, [T, 2 * V], [syt, 1], [C, 2 * V])
+    b_d = tl.make_tensor_descriptor(total + base, [2 * NC * C], [1], [C])
+    if SSD and not ADJOINT:
+        late_d = tl.make_tensor_descriptor(late + base, [2 * NC * C], [1], [C])
+    column = tl.arange(0, 2 * V)
+    left = column < V
+    S = tl.zeros((KB, 2 * V), dtype=tl.float32)
+    sum1 = 0.0
+    sum2 = 0.0
+    ends = total + base + LAST
+    next1 = tl.load(ends + c * C)
+    next2 = tl.load(ends + wide + c * C)
+    for i in tl.range(0, n, num_stages=ST):
+        t0 = c * C
+        X = x_d.load([t0, 0])
+        Y = y_d.load([t0, 0])
+        b1 = b_d.load([t0])
+        b2 = b_d.load([NC * C + t0])
+        end1 = next1
+        end2 = next2
+        next1 = tl.load(ends + (c + STEP) * C, mask=i + 1 < n, other=0.0)
+        next2 = tl.load(ends + wide + (c + STEP) * C, mask=i + 1 < n, other=0.0)
+        if ADJOINT:
+            w1 = tl.exp2(b1)
+            w2 = tl.exp2(b2)
+        elif SSD:
+            w1 = tl.exp2(end1 - late_d.load([t0]))
+            w2 = tl.exp2(end2 - late_d.load([NC * C + t0]))
+        else:
+            w1 = tl.exp2(end1 - b1)
+            w2 = tl.exp2(end2 - b2)
+        Yw = (Y.to(tl.float32) * tl.where(left[None, :], w1[:, None], w2[:, None])).to(Y.dtype)
+        S = tl.dot(tl.trans(X), Yw, S * tl.where(left, tl.exp2(end1), tl.exp2(end2))[None, :], input_precision="ieee")
+        sum1 += end1
+        sum2 += end2
+        c += STEP
+    head = tl.where(left, 0, 1).to(tl.int64)
+    tile = (head * NS * (KB * V) + column % V)[None, :] + tl.arange(0, KB)[:, None] * V
+    tl.store(states + (index * NS + s) * (KB * V) + tile, S)
+    tl.store(decays + index * NS + s, sum1)
+    tl.store(decays + (index + 1) * NS + s, sum2)
