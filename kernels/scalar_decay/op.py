@@ -11,7 +11,7 @@ from seqlong.kernels.dispatch import Choice, choose
 from seqlong.kernels.precision import accumulation
 from seqlong.kernels.runtime import triton_runs_on
 from seqlong.kernels.scalar_decay.chunked import scalar_decay_chunked
-from seqlong.kernels.scalar_decay.plan import CHUNKS, NOTHING, SEGMENTS, power
+from seqlong.kernels.scalar_decay.plan import CHUNKS, NOTHING, SEGMENTS, candidates, power, settled
 from seqlong.kernels.scalar_decay.reference import scalar_decay_reference
 
 OFFERED = {
@@ -19,6 +19,8 @@ OFFERED = {
     "chunked": "matrix products over chunks in torch, any device",
     "reference": "float64 loop over tokens",
 }
+#: Configurations that `seqlong doctor --tune` measures, the default first.
+CANDIDATES = candidates()
 #: Widest heads that the Triton kernels hold on chip.
 WIDEST = 256
 
@@ -39,8 +41,12 @@ def why_not_triton(q: Tensor, v: Tensor) -> str | None:
 
 def _choose(op: str, q: Tensor, v: Tensor, implementation: str | None) -> Choice:
     reason = why_not_triton(q, v)
+    if reason is None and v.is_cuda and settled(q, v, op == "ssd") is None:
+        reason = "no configuration of the Triton kernels passed its check on this GPU"
     if reason is None:
-        return choose(op, OFFERED, "triton" if v.is_cuda else "chunked", implementation)
+        # Tensor cores have no float32: plain torch, with tf32 or without as its user set it, is as good there.
+        best = v.is_cuda and v.dtype != torch.float32
+        return choose(op, OFFERED, "triton" if best else "chunked", implementation)
     if implementation == "triton":
         raise ValueError(f"{op} cannot run in Triton: {reason}")
     offered = {"chunked": f"{OFFERED['chunked']} ({reason})", "reference": OFFERED["reference"]}

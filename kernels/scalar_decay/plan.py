@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from seqlong.kernels import tuning
 from seqlong.kernels.runtime import INTERPRETED
 
 #: What the forward pass keeps for the backward: nothing, the state entering each segment, or each chunk.
@@ -24,7 +25,7 @@ class Plan:
         value_tile: value columns of a program.
         key_slice: key columns of a program in the gradients of q and k.
         run: chunks of a program there.
-        states, forward, fused, values, keys, scores: warps and pipeline stages of each kernel, as ``10 * warps + stages``.
+        states, forward, fused, values, keys, scores: ``10 * warps + stages`` of each kernel's loop.
     """
 
     chunk: int = 64
@@ -45,32 +46,20 @@ class Plan:
         return {"num_warps": value // 10, "ST": value % 10}
 
 
-#: Names of a plan's settings, as tuned files use them.
-SETTINGS = tuple(field.name for field in fields(Plan))
-
-
 def power(width: int) -> int:
     """The tile that holds ``width`` columns: a power of two, at least 16 (the least of a matrix product)."""
     return max(16, 1 << (width - 1).bit_length())
 
 
-def key(dtype: torch.dtype, width: int, value_width: int, shared: bool, ssd: bool) -> str:
-    """The name of a shape in tuned files, without length and batch: ``bfloat16 k128 v64 shared ssd``."""
-    words = [str(dtype).removeprefix("torch."), f"k{power(width)}", f"v{power(value_width)}"]
-    return " ".join(words + ["shared"] * shared + ["ssd"] * ssd)
-
-
-def default(dtype: torch.dtype, width: int, value_width: int, shared: bool) -> Plan:
-    """Safe on any GPU with 99 KiB of shared memory; right everywhere, the fastest nowhere."""
-    k, v = power(width), power(value_width)
+def default(dtype: torch.dtype, k: int, v: int, shared: bool) -> Plan:
+    """Safe on any GPU with 99 KiB of shared memory, the fastest nowhere; k and v are the tiles of the widths."""
     wide = dtype == torch.float32
     big = max(k, v) > 128 or (wide and max(k, v) > 64)
-    value_tile = min(v, 32 if k > 128 or (wide and k > 64) else 64)
     stages = 1 if wide or big else 2
     one = 40 + stages
     return Plan(
         chunk=32 if big or (wide and shared) else 64,
-        value_tile=value_tile,
+        value_tile=min(v, 32 if k > 128 or (wide and k > 64) else 64),
         key_slice=min(k, 32 if big else 64),
         run=32,
         states=one,
@@ -82,9 +71,26 @@ def default(dtype: torch.dtype, width: int, value_width: int, shared: bool) -> P
     )
 
 
-def chosen_plan(q: Tensor, v: Tensor, ssd: bool) -> Plan:
-    """The plan for a call's type, widths and device: tuned where there is one, else the default."""
-    return default(v.dtype, q.shape[3], v.shape[3], q.shape[2] != v.shape[2])
+def settled(q: Tensor, v: Tensor, ssd: bool) -> Plan | None:
+    """The plan for a call's type, widths and device: a tuned one, else the default; None if neither is right here.
+
+    The first use of a plan in a process is checked, see kernels/tuning.py.
+    """
+    shared = q.shape[2] != v.shape[2]
+    k, v_ = power(q.shape[3]), power(v.shape[3])
+    name = tuning.key(v.dtype, k=k, v=v_) if ssd else tuning.key(v.dtype, k=k, v=v_, shared=shared)
+    config = tuning.settle("ssd" if ssd else "scalar_decay", name, _settings(v.dtype, k, v_, shared or ssd), v.device)
+    return None if config is None else _plan(tuple(config.items()))
+
+
+@lru_cache
+def _settings(dtype: torch.dtype, k: int, v: int, shared: bool) -> tuning.Config:
+    return dict(asdict(default(dtype, k, v, shared)))
+
+
+@lru_cache
+def _plan(settings: tuple[tuple[str, int], ...]) -> Plan:
+    return Plan(**dict(settings))
 
 
 @lru_cache
@@ -98,3 +104,27 @@ def segments(like: Tensor, chunks: int, walks: int, programs_per_sm: int) -> tup
     wanted = max(1, min(chunks, programs_per_sm * processors // walks))  # a program more would be one wave more
     each = -(-chunks // wanted)
     return -(-chunks // each), each
+
+
+def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
+    """Op -> key -> configurations worth measuring for the shapes that models use, the default first."""
+    bf16 = torch.bfloat16
+    found: dict[str, dict[str, list[tuning.Config]]] = {"scalar_decay": {}, "ssd": {}}
+    shapes = [(64, 64, False, False), (128, 128, False, False), (64, 64, True, False), (128, 64, True, True),
+              (64, 64, True, True)]  # fmt: skip
+    for k, v, shared, ssd in shapes:
+        first = default(bf16, k, v, shared)
+        deep = {"states": 43, "forward": 43, "keys": 43, "fused": 43, "scores": 43}
+        tried = [
+            first,
+            replace(first, **deep),
+            replace(first, **{**deep, "forward": 42, "values": 42}),
+            replace(first, **{**deep, "forward": 42, "values": 43}),
+            replace(first, **{**deep, "keys": 42, "run": 128}),
+            replace(first, **{**deep, "forward": 42, "values": 42, "keys": 42, "run": 128}),
+            replace(first, **{**deep, "programs_per_sm": 8}),
+            replace(first, **{**deep, "chunk": 32}),
+        ]
+        name = tuning.key(bf16, k=k, v=v) if ssd else tuning.key(bf16, k=k, v=v, shared=shared)
+        found["ssd" if ssd else "scalar_decay"][name] = [dict(asdict(plan)) for plan in tried]
+    return found

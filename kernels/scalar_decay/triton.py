@@ -1,8 +1,8 @@
 """scalar_decay and ssd in Triton: the op, its gradient, and the launches of both.
 
-Forward: ``prepare`` sums decays inside chunks; ``segment_states`` and ``scan`` find the state that enters each segment, so
-that one long row fills the GPU like a batch; ``forward`` walks every segment. Rows that fill the GPU by themselves are one
-segment each and need neither of the middle two. The gradient mirrors this, see triton_backward.py.
+Forward: ``prepare`` sums decays inside chunks; ``segment_states`` and ``scan`` find the state that enters each segment,
+so that one long row fills the GPU like a batch; ``forward`` walks every segment. Rows that fill the GPU by themselves
+are one segment each and need neither of the middle two. The gradient mirrors this, see triton_backward.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import use_allocator
 from seqlong.kernels.scalar_decay import triton_backward, triton_forward
-from seqlong.kernels.scalar_decay.plan import CHUNKS, NOTHING, SEGMENTS, Plan, chosen_plan, power, segments
+from seqlong.kernels.scalar_decay.plan import CHUNKS, NOTHING, SEGMENTS, Plan, power, segments, settled
 
 
 class _Sizes(NamedTuple):
@@ -49,7 +49,9 @@ class _Sizes(NamedTuple):
 
 def _sizes(q: Tensor, v: Tensor, ssd: bool) -> _Sizes:
     (rows, length, groups, width), (heads, value_width) = q.shape, v.shape[2:]
-    plan = chosen_plan(q, v, ssd)
+    plan = settled(q, v, ssd)
+    if plan is None:  # the public function asks first, and does not come here
+        raise RuntimeError("no configuration of scalar_decay's Triton kernels is right on this machine")
     k_tile, v_tile = power(width), power(value_width)
     chunks = -(-length // plan.chunk)
     value_tile = min(plan.value_tile, v_tile)
@@ -75,8 +77,9 @@ def _readable(x: Tensor) -> Tensor:
     """x (b t h d) as descriptors read it: heads side by side, rows on 16 bytes; a copy only where it is not so."""
     per = 16 // x.element_size()
     side_by_side = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
-    rows = (x.stride(1), 0 if x.shape[0] == 1 else x.stride(0))
-    return x if side_by_side and x.data_ptr() % 16 == 0 and rows[0] > 0 and not any(r % per for r in rows) else x.contiguous()
+    row, token = _strides(x)
+    aligned = x.data_ptr() % 16 == 0 and token > 0 and token % per == 0 and row % per == 0
+    return x if side_by_side and aligned else x.contiguous()
 
 
 def _float(x: Tensor | None) -> Tensor | None:
@@ -105,8 +108,8 @@ def _walk(x: Tensor, y: Tensor, total: Tensor, late: Tensor, edge: Tensor | None
     decays = total.new_empty(z.B * z.H, z.NS)
     if z.R % 2 == 0 and z.V == z.VB <= 64 and z.K * x.element_size() <= 256:
         triton_forward.paired_states[(z.H // 2 * z.NS * z.B,)](
-            x, y, total, late, states, decays, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *_strides(x), *_strides(y), K=z.K, V=z.V,
-            KB=z.KB, C=z.plan.chunk, SSD=ssd, REV=reverse, ADJOINT=adjoint, **z.plan.launch("states"),
+            x, y, total, late, states, decays, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *_strides(x), *_strides(y), K=z.K,
+            V=z.V, KB=z.KB, C=z.plan.chunk, SSD=ssd, REV=reverse, ADJOINT=adjoint, **z.plan.launch("states"),
         )  # fmt: skip
         return _scanned(states, decays, edge, z, reverse != adjoint), 1
     triton_forward.segment_states[z.walks](
@@ -126,13 +129,13 @@ def _scanned(states: Tensor, decays: Tensor, edge: Tensor | None, z: _Sizes, lef
     return states
 
 
-def _chunk_states(k: Tensor, v: Tensor, total: Tensor, late: Tensor, entry: Tensor, how: int, z: _Sizes, ssd: bool,
-                  reverse: bool) -> Tensor:  # fmt: skip
+def _chunk_states(k: Tensor, v: Tensor, total: Tensor, late: Tensor, entry: Tensor | None, how: int, z: _Sizes,
+                  ssd: bool, reverse: bool) -> Tensor:  # fmt: skip
     """The state that enters every chunk, again, from those that enter the segments."""
     kept = k.new_empty(z.B, z.NC, z.H, z.VB, z.KB)
     triton_forward.segment_states[z.walks](
-        k, v, total, late, entry, entry, entry, kept, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *_strides(k), *_strides(v),
-        **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd, REV=reverse, ADJOINT=False, ENTRY=how, KEEP=True,
+        k, v, total, late, total, total, total if entry is None else entry, kept, z.T, z.H, z.R, z.NC, z.NS, z.CPS,
+        *_strides(k), *_strides(v), **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd, REV=reverse, ADJOINT=False, ENTRY=how, KEEP=True,
         **z.plan.launch("states"),
     )  # fmt: skip
     return kept
@@ -160,7 +163,8 @@ def scalar_decay_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output (b t h v), final state (b h k v), and for the backward pass: running decays, delays, kept states.
 
-    With ``rate`` (ssd) the gate is a raw step: decay = rate · softplus(gate + bias), v weighs that step, skip · v is added.
+    With ``rate`` (ssd) the gate is a raw step: decay = rate · softplus(gate + bias), v weighs that step, and skip · v
+    is added.
     """
     use_allocator()
     ssd = rate is not None
@@ -232,7 +236,7 @@ def scalar_decay_triton_backward(
     reverse: bool,
     keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, gate (b t h) float32, rate, skip, and the initial state, all but the first three float32."""
+    """Gradients of q, k, v, gate (b t h), rate, skip and the initial state, all but the first three in float32."""
     use_allocator()
     ssd = rate is not None
     q, k, v, go = (_readable(x) for x in (q, k, v, grad_output.to(v.dtype)))
@@ -285,8 +289,8 @@ def scalar_decay_triton_backward(
         outer = through = across = skips = terms
         runs = -(-z.NC // z.plan.run)
         triton_backward.keys[(slices * z.H * runs * z.B,)](
-            q, k, v, total, go, kept, dkept, dq, dk, terms, anchors, z.T, z.H, z.NC, z.B, z.plan.run, *strides, **common,
-            BK=z.BK, BV=min(z.VB, 128), **z.plan.launch("keys"),
+            q, k, v, total, go, kept, dkept, dq, dk, terms, anchors, z.T, z.H, z.NC, z.B, z.plan.run, *strides,
+            **common, BK=z.BK, BV=min(z.VB, 128), **z.plan.launch("keys"),
         )  # fmt: skip
     drate = total.new_empty(z.B, z.NC, z.H) if ssd else total
     dskip = torch.empty_like(drate) if skip is not None else total

@@ -5,8 +5,8 @@ dS walks against the reading order. With P = grad o · vᵀ and G = 2^(b_i - b_j
     grad q = (P ⊙ G) k + 2^b ⊙ (grad o · Sᵀ)        grad k = (P ⊙ G)ᵀ q + 2^(bC - b) ⊙ (v · dSᵀ)
     grad v = (q kᵀ ⊙ G)ᵀ grad o + 2^(bC - b) ⊙ (k dS)
 
-and the decay's gradient is anchored at the chunk's entry, grad g_t = <S, dS> - Σ (q·grad q - k·grad k) over the tokens of
-the chunk read before t: the terms come from sums in float32, never from rounded gradients.
+and the decay's gradient is anchored at the chunk's entry: grad g_t = <S, dS> - Σ (q·grad q - k·grad k) over the tokens
+of the chunk read before t. The terms come from sums in float32, never from rounded gradients.
 
 No accumulator is transposed into a product (Triton 3.4 to 3.7.0 miscompile that on Hopper): where a transpose is
 needed, the transposed product is formed.
@@ -88,7 +88,7 @@ def fused(q, k, v, total, go, kept, entry, dq, dk, dv, dg, dinitial, T, H, NC, N
         before = tl.cumsum(e, 0, reverse=REV) - e
         tl.store(dg + out + (t0 + rows).to(tl.int64) * H, anchor - before, mask=t0 + rows < T)
         c += STEP
-    if DINITIAL:
+    if DINITIAL:  # noqa: SIM102 (known when the kernel is compiled; the next is not)
         if s == (NS - 1 if REV else 0):
             leaving(dinitial, index, 0, dS, K, V, KB, VB)
 
@@ -152,7 +152,7 @@ def values(q, k, total, late, skip, go, entry, dv, dkept, dinitial, T, H, R, NC,
         dOw = (dOT.to(tl.float32) * tl.exp2(b)[None, :]).to(dO.dtype)
         dS = tl.dot(dOw, Q, dS * tl.exp2(bC), input_precision="ieee")
         c += STEP
-    if DINITIAL:
+    if DINITIAL:  # noqa: SIM102
         if s == (NS - 1 if REV else 0):
             leaving(dinitial, index, iv, tl.trans(dS), K, V, KB, BV)
 
@@ -236,13 +236,13 @@ def keys(q, k, v, total, go, kept, dkept, dq, dk, terms, anchors, T, H, NC, B, R
 
 
 @triton.jit(do_not_specialize=["T", "H", "G", "NC"])
-def shared_scores(q, k, v, total, late, go, scores, inner, through, skips, T, H, G, NC, sqb, sqt, skb, skt, svb, svt, sob,
-                  sot, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, C: tl.constexpr,
+def shared_scores(q, k, v, total, late, go, scores, inner, through, skips, T, H, G, NC, sqb, sqt, skb, skt, svb, svt,
+                  sob, sot, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, C: tl.constexpr,
                   SSD: tl.constexpr, SKIP: tl.constexpr, REV: tl.constexpr, ST: tl.constexpr):  # fmt: skip
     """Heads that share q and k, within chunks: the gradient of their common scores, Σ_h P ⊙ G ⊙ step, transposed.
 
-    One program a chunk and group walks the heads in order. Of Z = P ⊙ G ⊙ q kᵀ, each head leaves the sums that its gates
-    need: ``inner`` is q·grad q within the chunk, ``through`` v·grad(step v), and ``skips`` is v·grad o.
+    One program a chunk and group walks the heads in order. Of Z = P ⊙ G ⊙ q kᵀ, each head leaves the sums that its
+    gates need: ``inner`` is q·grad q within the chunk, ``through`` v·grad(step v), and ``skips`` is v·grad o.
     """
     pid = tl.program_id(0)
     g = pid % G
@@ -295,7 +295,7 @@ def shared_scores(q, k, v, total, late, go, scores, inner, through, skips, T, H,
 def shared_keys(q, k, v, total, late, go, kept, dkept, scores, dq, dk, outer, through, traces, T, H, G, NC, B, sqb, sqt,
                 skb, skt, svb, svt, sob, sot, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
                 BK: tl.constexpr, C: tl.constexpr, SSD: tl.constexpr, REV: tl.constexpr, ST: tl.constexpr):  # fmt: skip
-    """Heads that share q and k, across chunks: grad q and grad k of BK columns, summed over the heads on chip, in order.
+    """Heads that share q and k, across chunks: grad q and grad k of BK columns, summed over heads on chip, in order.
 
     One program a chunk, group and slice of columns. What happens within the chunk comes in at the end, from the
     ``scores`` of ``shared_scores``. For the gates each head leaves ``outer``, q·grad q across the chunk's entry,
@@ -370,7 +370,7 @@ def shared_keys(q, k, v, total, late, go, kept, dkept, scores, dq, dk, outer, th
 def gates(terms, outer, through, across, skips, anchors, total, late, rate, starts, dgate, drate, dskip, T, H, NC, B,
           NK: tl.constexpr, VB: tl.constexpr, C: tl.constexpr, BH: tl.constexpr, SHARED: tl.constexpr,
           SSD: tl.constexpr, SKIP: tl.constexpr, STARTS: tl.constexpr, REV: tl.constexpr):  # fmt: skip
-    """One chunk: grad g_t = anchor - Σ terms read before t, from what the kernels above left, some of it for BK columns each.
+    """One chunk: grad g_t = anchor - Σ terms read before t, from what the kernels above left, partly a slice at a time.
 
     SSD goes on to the raw step, and leaves sums of the chunk for rate and skip.
     """
@@ -394,8 +394,8 @@ def gates(terms, outer, through, across, skips, anchors, total, late, rate, star
             e += entry
             f += tl.load(across + at, mask=every, other=0.0)
             column = tl.arange(0, VB)[:, None]
-            rows = tl.load(anchors + (index[None, :] * NC + c) * VB + column, mask=(column >= 0) & known[None, :], other=0.0)
-            anchor += tl.sum(entry, 0) + tl.sum(rows, 0)
+            place = anchors + (index[None, :] * NC + c) * VB + column
+            anchor += tl.sum(entry, 0) + tl.sum(tl.load(place, mask=(column >= 0) & known[None, :], other=0.0), 0)
         else:
             e += tl.load(terms + at, mask=every, other=0.0)
             anchor += tl.load(anchors + index * NC + c, mask=known, other=0.0)

@@ -1,9 +1,9 @@
 """Triton kernels of scalar_decay: decays, states of segments, and the output.
 
-Words: a chunk is C tokens; a segment of the plan is CPS chunks, one program's walk (not a document: documents are cut by
-``starts``). ``total`` (b, h, n·C) is the running sum of log2 decays inside each chunk, in reading order, so a chunk
-needs no cumulative sum again and its last element is the decay of the whole chunk. A start is a decay of 2^-160, which is
-zero in float32: the kernels know nothing of documents.
+Words: a chunk is C tokens; a segment of the plan is CPS chunks, one program's walk (not a document: documents are cut
+by ``starts``). ``total`` (b, h, n·C) is the running sum of log2 decays inside each chunk, in reading order, so a chunk
+needs no cumulative sum again and its last element is the decay of the whole chunk. A start is a decay of 2^-160, which
+is zero in float32: the kernels know nothing of documents.
 
 Reading order is left to right, or right to left with REV. An ADJOINT walk (gradients of states) goes the other way.
 Offsets are int64 wherever tokens, heads or states multiply; coordinates of descriptors are int32 along each axis.
@@ -41,7 +41,8 @@ def prepare(gate, bias, rate, starts, total, late, T, H, NC, sgb, sgt, sgh,
     t = c * C + tl.arange(0, C)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     inside = (t[:, None] < T) & (h[None, :] < H)
-    x = tl.load(gate + row * sgb + t[:, None].to(tl.int64) * sgt + h[None, :].to(tl.int64) * sgh, mask=inside, other=0.0)
+    place = gate + row * sgb + t[:, None].to(tl.int64) * sgt + h[None, :].to(tl.int64) * sgh
+    x = tl.load(place, mask=inside, other=0.0)
     x = x.to(tl.float32)
     out = (row * H + h[None, :]) * (NC * C).to(tl.int64) + t[:, None]
     kept = (t[:, None] >= 0) & (h[None, :] < H)
@@ -188,8 +189,8 @@ def forward(q, k, v, total, late, skip, entry, o, kept, final, T, H, R, NC, NS, 
             ST: tl.constexpr):  # fmt: skip
     """Walk a segment with S on chip: O = 2^b ⊙ (Q S) + (Q Kᵀ ⊙ 2^(b_i - b_j)) V, then S as in ``segment_states``.
 
-    The state that enters each chunk goes to ``kept`` (b n h v k) for the backward pass, in the type of q. It walks transposed,
-    so that it and what it receives are left operands, straight from registers.
+    The state that enters each chunk goes to ``kept`` (b n h v k) for the backward pass, in the type of q. It walks
+    transposed, so that it and what it receives are left operands, straight from registers.
     """
     pid = tl.program_id(0)
     h = pid % H
@@ -238,11 +239,11 @@ def forward(q, k, v, total, late, skip, entry, o, kept, final, T, H, R, NC, NS, 
         A = tl.dot(Kt, tl.trans(Q), input_precision="ieee")
         A = tl.where(seen_t, A * tl.exp2(b[None, :] - delay[:, None]), 0.0).to(Q.dtype)
         XT = tl.trans(X)
-        O = tl.dot(Sb, tl.trans(Q), input_precision="ieee") * tl.exp2(b)[None, :]
-        O = tl.dot(XT, A, O, input_precision="ieee")
+        Y = tl.dot(Sb, tl.trans(Q), input_precision="ieee") * tl.exp2(b)[None, :]
+        Y = tl.dot(XT, A, Y, input_precision="ieee")
         if SKIP:
-            O += XT.to(tl.float32) * D
-        o_d.store([t0, iv * BV], tl.trans(O.to(o.dtype.element_ty)))
+            Y += XT.to(tl.float32) * D
+        o_d.store([t0, iv * BV], tl.trans(Y.to(o.dtype.element_ty)))
         Xw = (XT.to(tl.float32) * tl.exp2(bC - delay)[None, :]).to(X.dtype)
         S = tl.dot(Xw, Kt, S * tl.exp2(bC), input_precision="ieee")
         c += STEP
