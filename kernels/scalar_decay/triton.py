@@ -135,8 +135,8 @@ def _chunk_states(k: Tensor, v: Tensor, total: Tensor, late: Tensor, entry: Tens
     kept = k.new_empty(z.B, z.NC, z.H, z.VB, z.KB)
     triton_forward.segment_states[z.walks](
         k, v, total, late, total, total, total if entry is None else entry, kept, z.T, z.H, z.R, z.NC, z.NS, z.CPS,
-        *_strides(k), *_strides(v), **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd, REV=reverse, ADJOINT=False, ENTRY=how, KEEP=True,
-        **z.plan.launch("states"),
+        *_strides(k), *_strides(v), **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd, REV=reverse, ADJOINT=False, ENTRY=how,
+        KEEP=True, **z.plan.launch("states"),
     )  # fmt: skip
     return kept
 
