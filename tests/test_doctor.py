@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from seqlong import doctor
+from seqlong import doctor, machine
 from seqlong.cli import main
 from seqlong.kernels import dispatch, probes, tuning
 from seqlong.kernels.tuning import Config, settle
@@ -232,9 +232,9 @@ def test_packages_outside_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> Non
             raise importlib.metadata.PackageNotFoundError(name)
         return {"lightning": "2.6.3", "omegaconf": "2.4.0"}.get(name) or real(name)
 
-    assert [fact.bad for fact in doctor.packages()] == [False], "all well here"
+    assert [fact.bad for fact in machine.packages()] == [False], "all well here"
     monkeypatch.setattr(importlib.metadata, "version", version)
-    facts = {fact.name: fact for fact in doctor.packages()}
+    facts = {fact.name: fact for fact in machine.packages()}
     assert set(facts) == {"packages", "lightning", "omegaconf", "psutil"}
     assert facts["lightning"].bad and "2.6.3 was withdrawn: remove it now" in facts["lightning"].value
     assert (
@@ -242,7 +242,7 @@ def test_packages_outside_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> Non
         and "not installed" in facts["psutil"].value
     )
     assert facts["packages"].value.startswith("hydra-core") and "all as required" not in facts["packages"].value
-    advice = doctor.advise(torch.device("cpu"), list(facts.values()))
+    advice = machine.advise(torch.device("cpu"), list(facts.values()))
     assert any(line.startswith("lightning: 2.6.3") for line in advice)
 
 
@@ -257,17 +257,17 @@ def test_packages_outside_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_advice_where_torch_finds_no_gpu(
     driver: str | None, cuda: str | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+    monkeypatch.setattr(machine, "_driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    assert said in " ".join(doctor.advise(torch.device("cpu"), []))
+    assert said in " ".join(machine.advise(torch.device("cpu"), []))
 
 
 def test_little_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**30))
-    facts = doctor.environment(torch.device("cpu"))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**30))
+    facts = machine.environment(torch.device("cpu"))
     assert facts[-1].name == "disk" and facts[-1].bad and facts[-1].value.startswith("1.0 GiB free at ")
-    assert any("run.root=FOLDER" in line for line in doctor.advise(torch.device("cpu"), facts))
+    assert any("run.root=FOLDER" in line for line in machine.advise(torch.device("cpu"), facts))
 
 
 def test_it_starts_without_triton() -> None:

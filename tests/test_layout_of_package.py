@@ -45,6 +45,7 @@ TOP = {
     "help",
     "inference",
     "launch",
+    "machine",
     "plan",
     "report",
     "sweep",
