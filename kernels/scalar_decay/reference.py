@@ -1,4 +1,4 @@
-"""The definition of scalar_decay: a loop over tokens in float64."""
+"""The definitions of scalar_decay and bidirectional_decay: loops over tokens in float64."""
 
 from __future__ import annotations
 
@@ -38,3 +38,25 @@ def scalar_decay_reference(
     output = torch.stack(outputs, dim=1) if outputs else v64
     kept = torch.float64 if v.dtype == torch.float64 else torch.float32
     return output.to(v.dtype), state.to(kept)
+
+
+def last_tokens(starts: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
+    """Marks of the last token of each segment, from those of the first; the row's own last token needs none."""
+    return torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1)
+
+
+def bidirectional_decay_reference(
+    q: Float[Tensor, "b t g k"],
+    k: Float[Tensor, "b t g k"],
+    v: Float[Tensor, "b t h v"],
+    log_decay: Float[Tensor, "b t h"],
+    starts: Bool[Tensor, "b t"] | None = None,
+) -> Float[Tensor, "b t h v"]:
+    """The scan from the left and the scan from the right, less the token itself, which both have read."""
+    repeat = v.shape[2] // q.shape[2]
+    inputs = (q.double(), k.double(), v.double(), log_decay.double())
+    rightward, _ = scalar_decay_reference(*inputs, starts)
+    ends = None if starts is None else last_tokens(starts)
+    leftward, _ = scalar_decay_reference(*inputs, ends, reverse=True)
+    itself = (inputs[0] * inputs[1]).sum(-1, keepdim=True).repeat_interleave(repeat, dim=2) * inputs[2]
+    return (rightward + leftward - itself).to(v.dtype)
