@@ -41,6 +41,7 @@ from rich.table import Table
 import seqlong
 from seqlong import runs
 from seqlong.errors import SeqlongError, nearest
+from seqlong.kernels.tuning import gpu_slug
 from seqlong.report.text import count
 
 #: Where ``main`` writes and ``command`` looks; set to run the benchmarks of another clone.
@@ -315,19 +316,6 @@ def device_slug(on: Literal["auto", "cpu"] = "auto") -> str:
         return gpu_slug(torch.cuda.get_device_name())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return f"cpu-{cores}core"
-
-
-def gpu_slug(name: str) -> str:
-    """``"NVIDIA H100 80GB HBM3"`` as ``h100``, ``"NVIDIA GeForce RTX 4090"`` as ``rtx-4090``."""
-    words = [
-        word for word in re.split(r"[^A-Za-z0-9]+", name) if word.lower() not in {"nvidia", "amd", "geforce", "tesla"}
-    ]
-    for place, word in enumerate(words):
-        if word.lower() in {"rtx", "gtx", "titan", "instinct", "radeon", "quadro"} and place + 1 < len(words):
-            return f"{word}-{words[place + 1]}".lower()
-        if re.fullmatch(r"[A-Za-z]+\d+[A-Za-z]*", word):
-            return word.lower()
-    return "-".join(words).lower() or "gpu"
 
 
 def versions(peers: Iterable[str | None]) -> dict[str, str]:

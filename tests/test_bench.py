@@ -16,6 +16,7 @@ import seqlong
 from seqlong import bench
 from seqlong.bench import Row
 from seqlong.errors import SeqlongError
+from seqlong.kernels import tuning
 
 FIELDS = ["name", "metric", "value", "unit", "peer", "peer_value", "command", "commit", "device", "versions", "date"]
 ROWS = [
@@ -193,7 +194,7 @@ def test_without_the_repository_it_says_what_to_do(tmp_path: Path, monkeypatch: 
     ],
 )
 def test_a_device_has_a_short_name(name: str, slug: str) -> None:
-    assert bench.gpu_slug(name) == slug
+    assert tuning.gpu_slug(name) == slug
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -43,25 +41,6 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
-
-
-def masks_stay_bool() -> None:
-    """Triton's interpreter spreads a scalar's comparison over a tile as int32, which it then takes for no mask."""
-    from triton.runtime import interpreter
-
-    stock = interpreter.InterpreterBuilder.create_splat
-
-    def splat(self: Any, shaped: Any, value: Any) -> Any:
-        spread = stock(self, shaped, value)
-        if np.asarray(value.data).dtype == np.bool_:
-            spread.data = np.asarray(spread.data).astype(np.bool_)
-        return spread
-
-    interpreter.InterpreterBuilder.create_splat = splat
-
-
-if __name__ != "<run_path>":
-    masks_stay_bool()
 
 
 @pytest.fixture(autouse=True)
@@ -286,7 +265,6 @@ def compile_the_ops(device: str) -> None:
         import triton_on_cpu
 
         triton_on_cpu.install()
-        masks_stay_bool()
     weight, filters = numbers(device, 8), numbers(device, 8, 4)
 
     def run(x: Tensor, state: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -393,19 +393,6 @@ def test_a_forked_child_does_not_inherit_a_held_lock(own: Path) -> None:
             child.kill()
 
 
-def test_a_gpu_slug_is_that_of_the_benchmarks() -> None:
-    from seqlong import bench
-
-    for name in (
-        "NVIDIA H100 80GB HBM3",
-        "NVIDIA H200",
-        "NVIDIA GeForce RTX 4090",
-        "Tesla V100-SXM2-16GB",
-        "AMD Instinct MI300X",
-    ):
-        assert tuning.gpu_slug(name) == bench.gpu_slug(name)
-
-
 def test_shipped_files_are_sound() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -6,6 +6,7 @@
 * truncates float32 to bfloat16 where a GPU rounds to nearest even;
 * gives loop variables as plain ints, which have no ``.to(tl.int64)`` and never overflow;
 * times autotuned configurations with the driver of a GPU;
+* spreads a scalar's comparison over a tile as int32, which it then takes for no mask;
 * cannot see the globals of a kernel that a type checker has wrapped.
 
 Here a bfloat16 is held as the float32 of the same value, rounded after every operation, and only loads, stores and
@@ -36,6 +37,7 @@ def install() -> None:
     from triton.runtime import interpreter
 
     _hold_bfloat16_as_float32(interpreter)
+    _masks_stay_bool(interpreter)
     _loop_variables_are_tensors(interpreter)
     _first_configuration(triton)
 
@@ -175,6 +177,20 @@ def _hold_bfloat16_as_float32(interpreter: Any) -> None:
         return stock(self, operation, pointers, value, *rest)
 
     builder.create_atomic_rmw = atomic
+
+
+def _masks_stay_bool(interpreter: Any) -> None:
+    """A scalar's comparison, spread over a tile, is still a mask."""
+    builder = interpreter.InterpreterBuilder
+    stock = builder.create_splat
+
+    def splat(self: Any, shape: Any, value: Any) -> Any:
+        spread = stock(self, shape, value)
+        if np.asarray(value.data).dtype == np.bool_:
+            spread.data = np.asarray(spread.data).astype(np.bool_)
+        return spread
+
+    builder.create_splat = splat
 
 
 def _loop_variables_are_tensors(interpreter: Any) -> None:
