@@ -27,6 +27,7 @@ WIDTH = 16
 MIXERS: dict[str, Callable[[int], Mixer]] = {
     "mamba2": partial(Mamba2, d_state=8, head_dim=8),
     "mamba2_groups": partial(Mamba2, d_state=6, head_dim=4, groups=4, expand=1, conv_width=3, conv_bias=False),
+    "mamba2_recompute": partial(Mamba2, d_state=8, head_dim=8, groups=2, recompute=True),
     "attention_rope": partial(Attention, heads=4),
     "attention_gqa": partial(Attention, heads=4, kv_heads=2, head_dim=6, positions="none", bias=True),
     "attention_mqa_alibi": partial(Attention, heads=4, kv_heads=1, positions="alibi"),
@@ -284,6 +285,25 @@ def test_checkpointing_changes_memory_only(name: str, checkpointing: str) -> Non
         results.append([output.where(real, 0), *torch.autograd.grad(loss, [source, *block.parameters()])])
     for found, expected in zip(*results, strict=True):
         close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_recomputing_keeps_the_projection_and_the_scan(dtype: torch.dtype) -> None:
+    """Same results and gradients, bit for bit, and far fewer bytes between the forward and the backward pass."""
+    layout, hidden = plain(512, 1), torch.randn(1, 512, WIDTH, dtype=dtype, requires_grad=True)
+    kept, results = [], []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        mixer = Mamba2(WIDTH, d_state=32, head_dim=8, recompute=recompute).to(dtype)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            output, _ = mixer(hidden, layout)
+        kept.append(sum(event.self_cpu_memory_usage for event in profile.key_averages()))
+        results.append([output, *torch.autograd.grad(output.square().sum(), [hidden, *mixer.parameters()])])
+    assert all(map(torch.equal, *results))
+    projected = mixer.in_proj.out_features + mixer.d_inner + WIDTH  # and this mixer's own result
+    states = 32 * 8 * mixer.heads / 512  # one, for a block of tokens on a CPU
+    few = 512 * hidden.element_size() * (projected + states)
+    assert kept[1] < 1.1 * few < 0.6 * kept[0], f"kept {kept} bytes, the projection and the scan are {few:.0f}"
 
 
 @pytest.mark.parametrize("name", ["mamba2", "attention_rope", "attention_window"])

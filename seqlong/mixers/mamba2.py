@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from seqlong.kernels.norm import gated_rms_norm
-from seqlong.kernels.scalar_decay import scalar_decay
+from seqlong.kernels.scalar_decay import ssd
 from seqlong.kernels.short_conv import short_conv
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.base import Mixer, MixerState
@@ -45,6 +47,8 @@ class Mamba2(Mixer):
         dt_min: steps dt start log-uniform in [dt_min, dt_max].
         dt_max: see ``dt_min``.
         dt_floor: no step starts below this.
+        recompute: keep about half as much for the backward pass: the projection and the scan's result. The convolution,
+            the states inside the scan and the norm are computed again there.
     """
 
     bounded_state = True
@@ -65,6 +69,7 @@ class Mamba2(Mixer):
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         dt_floor: float = 1e-4,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.d_inner = expand * d_model
@@ -76,7 +81,7 @@ class Mamba2(Mixer):
         if self.heads % groups:
             raise ValueError(f"Mamba2 needs heads divisible by groups, found {self.heads} heads and {groups} groups")
         self.d_state, self.head_dim, self.groups = d_state, head_dim, groups
-        self.conv_width, self.norm_eps = conv_width, norm_eps
+        self.conv_width, self.norm_eps, self.recompute = conv_width, norm_eps, recompute
         self.d_conv = self.d_inner + 2 * groups * d_state
         self.in_proj = nn.Linear(d_model, self.d_inner + self.d_conv + self.heads, bias=False)
         self.conv1d = nn.Conv1d(self.d_conv, self.d_conv, conv_width, groups=self.d_conv, bias=conv_bias)
@@ -95,35 +100,51 @@ class Mamba2(Mixer):
         padding = layout.padding
         if padding is not None:
             hidden = hidden.masked_fill(padding[..., None], 0)
-        z, xbc, dt = self.in_proj(hidden).split([self.d_inner, self.d_conv, self.heads], dim=-1)
+        # What the layout works out, it works out here: not inside of what is computed again.
+        lengths = None if padding is None else layout.lengths
+        inputs = self.in_proj(hidden), layout.starts, padding, lengths, state
+        if self.recompute and torch.is_grad_enabled():
+            contexts = partial(create_selective_checkpoint_contexts, _keep_scan)
+            return checkpoint(self._mix, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return self._mix(*inputs)
+
+    def _mix(
+        self,
+        projected: Float[Tensor, "b t p"],
+        starts: Bool[Tensor, "b t"] | None,
+        padding: Bool[Tensor, "b t"] | None,
+        lengths: Int[Tensor, "b"] | None,
+        state: Mamba2State | None,
+    ) -> tuple[Float[Tensor, "b t d"], Mamba2State | None]:
+        """Everything after the first projection; z, x, B, C and dt are never copied out of what computed them."""
+        z, xbc, dt = projected.split([self.d_inner, self.d_conv, self.heads], dim=-1)
+        if padding is not None:  # a step of zero neither decays nor writes
+            dt = dt.masked_fill(padding[..., None], -torch.inf)
         xbc, conv = short_conv(
             xbc,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
-            starts=layout.starts,
+            starts=starts,
             state=None if state is None else state.conv,
-            lengths=None if padding is None else layout.lengths,
+            lengths=lengths,
             output_state=state is not None,
         )
         x, b, c = xbc.split([self.d_inner, *[self.groups * self.d_state] * 2], dim=-1)
-        x = x.unflatten(2, (self.heads, self.head_dim))
-        b, c = (y.unflatten(2, (self.groups, self.d_state)) for y in (b, c))
-
-        # Steps and decays stay in float32 whatever the activations are.
-        kept = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        steps = F.softplus(dt.to(kept) + self.dt_bias.to(kept))
-        if padding is not None:  # a step of zero neither decays nor writes
-            steps = steps.masked_fill(padding[..., None], 0)
-        y, ssm = scalar_decay(
-            c,
-            b,
-            (x * steps[..., None]).to(x.dtype),
-            -self.A_log.to(kept).exp() * steps,
-            starts=layout.starts,
+        # Decays stay in float32 whatever the activations are.
+        kept = torch.float64 if projected.dtype == torch.float64 else torch.float32
+        y, ssm = ssd(
+            x.unflatten(2, (self.heads, self.head_dim)),
+            dt,
+            -self.A_log.to(kept).exp(),
+            b.unflatten(2, (self.groups, self.d_state)),
+            c.unflatten(2, (self.groups, self.d_state)),
+            d=self.D,
+            dt_bias=self.dt_bias,
+            starts=starts,
             initial_state=None if state is None else state.ssm,
+            recompute=self.recompute,
         )
-        y = torch.addcmul(y, x, self.D.to(y.dtype)[:, None]).flatten(2)
-        y = gated_rms_norm(y, z, self.norm.weight, self.groups, self.norm_eps)
+        y = gated_rms_norm(y.flatten(2), z, self.norm.weight, self.groups, self.norm_eps)
         return self.out_proj(y), None if state is None or conv is None else Mamba2State(ssm, conv)
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> Mamba2State:
@@ -132,3 +153,9 @@ class Mamba2(Mixer):
             torch.zeros(rows, self.heads, self.d_state, self.head_dim, device=device, dtype=kept),
             torch.zeros(rows, self.conv_width - 1, self.d_conv, device=device, dtype=dtype),
         )
+
+
+def _keep_scan(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Results of the scan are kept, all else that costs less is computed again."""
+    scan = operation.name().split("::")[-1].startswith("scalar_decay_")
+    return CheckpointPolicy.MUST_SAVE if scan else CheckpointPolicy.PREFER_RECOMPUTE
