@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from seqlong.kernels.scalar_decay import bidirectional_decay, chunked
+pytest.importorskip("triton", reason="triton is not installed")
+
+from seqlong.kernels import runtime
+from seqlong.kernels.scalar_decay import bidirectional, bidirectional_decay, chunked, triton_bidirectional
 
 
 @pytest.fixture(autouse=True)
@@ -115,3 +119,55 @@ def test_a_constant_decay_and_wrong_heads() -> None:
     assert torch.equal(bidirectional_decay(q, k, v, rate), bidirectional_decay(q, k, v, rate.expand(1, 9, 2)))
     with pytest.raises(ValueError, match="3 heads, 2 groups"):
         bidirectional_decay(torch.ones(1, 2, 2, 2), torch.ones(1, 2, 2, 2), torch.ones(1, 2, 3, 2), torch.ones(1, 2, 3))
+
+
+# -- Triton, in its interpreter where there is no GPU ------------------------------------------------------------------
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    reason = runtime.triton_runs_on(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return str(request.param)
+
+
+@pytest.fixture
+def small_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 16 and as many segments as the row can have."""
+    monkeypatch.setattr(bidirectional, "settled", lambda q, v: replace(bidirectional.default(v.dtype), chunk=16))
+    monkeypatch.setattr(triton_bidirectional, "settled", bidirectional.settled)
+
+
+def distances(given: list[Tensor], starts: Tensor | None, device: str, **options: bool) -> list[float]:
+    """Relative errors of output and gradients against the definition."""
+    exact = results([x.detach().double().requires_grad_() for x in given], starts, "reference")
+    there = [x.detach().to(device).requires_grad_() for x in given]
+    found = results(there, None if starts is None else starts.to(device), "triton", **options)
+    return [
+        ((a.cpu().double() - b.double()).norm() / b.double().norm().clamp(min=0.1)).item()
+        for a, b in zip(found, exact, strict=True)
+    ]
+
+
+@pytest.mark.usefixtures("small_plan")
+@pytest.mark.parametrize("gate", ["usual", "none", "mixed"])
+@pytest.mark.parametrize(
+    ("rows", "length", "heads", "k", "v"),
+    [(1, 1, 1, 16, 16), (2, 70, 2, 16, 24), (1, 150, 1, 40, 16), (1, 97, 1, 5, 3)],
+)
+def test_triton(rows: int, length: int, heads: int, k: int, v: int, gate: str, device: str) -> None:
+    given = inputs(rows, length, heads, heads, k, v, gate, torch.float32)
+    for starts in (None, torch.rand(rows, length) < 0.1):
+        found = distances(given, starts, device)
+        # Sums of gates of -1e4 within a chunk leave 1e-5 of float32 in the exponent.
+        assert max(found[:4]) < (1e-4 if gate == "mixed" else 1e-5), found
+        assert found[4] < (1e-3 if gate == "mixed" else 1e-5), found
+
+
+@pytest.mark.usefixtures("small_plan")
+def test_triton_where_every_token_is_alone(device: str) -> None:
+    given = inputs(1, 40, 1, 1, 16, 16, dtype=torch.float32)
+    starts = torch.ones(1, 40, dtype=torch.bool)
+    assert max(distances(given, starts, device)) < 1e-5
+    assert not results([x.detach().to(device).requires_grad_() for x in given], starts.to(device), "triton")[4].any()

@@ -2,22 +2,80 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from seqlong.kernels import tuning
 from seqlong.kernels.dispatch import Choice, choose
 from seqlong.kernels.precision import accumulation
 from seqlong.kernels.scalar_decay.chunked import scalar_decay_chunked
-from seqlong.kernels.scalar_decay.op import OFFERED, why_not_triton
+from seqlong.kernels.scalar_decay.op import OFFERED, scalar_decay, why_not_triton
+from seqlong.kernels.scalar_decay.plan import Plan, power
+from seqlong.kernels.scalar_decay.plan import settled as settled_once
 from seqlong.kernels.scalar_decay.reference import bidirectional_decay_reference, last_tokens
 
-__all__ = ["OFFERED", "bidirectional_decay"]
+#: Widest heads for which one walk holds both readings; wider ones, and heads that share q and k, are read twice.
+WIDEST_AT_ONCE = 64
+
+
+def default(dtype: torch.dtype) -> Plan:
+    """Safe on any GPU with 99 KiB of shared memory; tiles are as wide as the heads, which are narrow."""
+    if dtype == torch.float32:
+        return Plan(chunk=32, states=41, forward=41, fused=41)
+    return Plan(chunk=64, states=42, forward=42, fused=41)
+
+
+def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
+    """Op -> key -> configurations worth measuring, the default first."""
+    first = default(torch.bfloat16)
+    tried = [
+        first,
+        replace(first, states=43, forward=43, fused=42),
+        replace(first, states=43, forward=42, fused=42),
+        replace(first, states=43, forward=43, fused=43),
+        replace(first, states=43, forward=43, fused=42, programs_per_sm=6),
+        replace(first, states=43, forward=43, fused=42, programs_per_sm=8),
+    ]
+    key = tuning.key(torch.bfloat16, k=64, v=64)
+    return {"bidirectional_decay": {key: [dict(asdict(plan)) for plan in tried]}}
+
+
+#: Configurations that `seqlong doctor --tune` measures, the default first.
+CANDIDATES = candidates()
+
+
+def at_once(q: Tensor, v: Tensor) -> bool:
+    """Whether one walk serves both readings."""
+    return q.shape[2] == v.shape[2] and max(q.shape[3], v.shape[3]) <= WIDEST_AT_ONCE
+
+
+def settled(q: Tensor, v: Tensor) -> Plan | None:
+    """The plan for a call's type, widths and device: a tuned one, else the default; None if neither is right here."""
+    key = tuning.key(v.dtype, k=power(q.shape[3]), v=power(v.shape[3]))
+    config = tuning.settle("bidirectional_decay", key, dict(asdict(default(v.dtype))), v.device)
+    return None if config is None else _plan(tuple(config.items()))
+
+
+@lru_cache
+def _plan(settings: tuple[tuple[str, int], ...]) -> Plan:
+    return Plan(**dict(settings))
 
 
 def _choose(q: Tensor, v: Tensor, implementation: str | None) -> Choice:
-    offered = {name: OFFERED[name] for name in ("chunked", "reference")}
+    reason = why_not_triton(q, v)
+    if reason is None and v.is_cuda and (settled(q, v) if at_once(q, v) else settled_once(q, v, False)) is None:
+        reason = "no configuration of the Triton kernels passed its check on this GPU"
+    if reason is None:
+        best = v.is_cuda and v.dtype != torch.float32
+        return choose("bidirectional_decay", OFFERED, "triton" if best else "chunked", implementation)
+    if implementation == "triton":
+        raise ValueError(f"bidirectional_decay cannot run in Triton: {reason}")
+    offered = {"chunked": f"{OFFERED['chunked']} ({reason})", "reference": OFFERED["reference"]}
     return choose("bidirectional_decay", offered, "chunked", implementation)
 
 
@@ -61,7 +119,35 @@ def bidirectional_decay(
         log_decay = log_decay.expand(v.shape[:3])
     if choice.implementation == "reference":
         return bidirectional_decay_reference(q, k, v, log_decay, starts)
-    return _chunked(q, k, v, log_decay, starts)
+    if choice.implementation == "chunked":
+        return _chunked(q, k, v, log_decay, starts)
+    if not at_once(q, v):
+        return _twice(q, k, v, log_decay, starts, recompute)
+    from seqlong.kernels.scalar_decay.triton_bidirectional import bidirectional_decay_triton
+
+    per = 16 // v.element_size()  # rows of a head are read in pieces of 16 bytes
+    value_width = v.shape[3]
+    q, k, v = (F.pad(x, (0, -x.shape[3] % per)) if x.shape[3] % per else x for x in (q, k, v))
+    needed = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, log_decay))
+    output = bidirectional_decay_triton(q, k, v, log_decay, starts, needed and not recompute)[0]
+    return output[..., :value_width] if output.shape[3] != value_width else output
+
+
+def _diagonal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of tokens with themselves (b t h 1), and values, in the type of sums."""
+    kept = accumulation(v.dtype)
+    scores = (q.to(kept) * k.to(kept)).sum(-1).repeat_interleave(v.shape[2] // q.shape[2], dim=2)
+    return scores[..., None], v.to(kept)
+
+
+def _twice(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor | None, recompute: bool) -> Tensor:
+    """Two scans in Triton."""
+    ends = None if starts is None else last_tokens(starts)
+    common = (q, k, v, log_decay)
+    rightward, _ = scalar_decay(*common, starts=starts, recompute=recompute, implementation="triton")
+    leftward, _ = scalar_decay(*common, starts=ends, reverse=True, recompute=recompute, implementation="triton")
+    scores, values = _diagonal(q, k, v)
+    return torch.addcmul(rightward.to(values.dtype) + leftward, scores, values, value=-1).to(v.dtype)
 
 
 def _chunked(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor | None) -> Tensor:
@@ -69,7 +155,6 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor 
     ends = None if starts is None else last_tokens(starts).flip(1)
     rightward, _, _ = scalar_decay_chunked(q, k, v, log_decay, starts, None)
     leftward, _, _ = scalar_decay_chunked(*(x.flip(1) for x in (q, k, v, log_decay)), ends, None)
-    kept = accumulation(v.dtype)
-    scores = (q.to(kept) * k.to(kept)).sum(-1).repeat_interleave(v.shape[2] // q.shape[2], dim=2)
-    both = rightward.to(kept) + leftward.flip(1)
-    return torch.addcmul(both, scores[..., None], v.to(kept), value=-1).to(v.dtype)
+    scores, values = _diagonal(q, k, v)
+    both = rightward.to(values.dtype) + leftward.flip(1)
+    return torch.addcmul(both, scores, values, value=-1).to(v.dtype)
