@@ -11,7 +11,7 @@ from seqlong.kernels.dispatch import Choice, choose
 from seqlong.kernels.precision import accumulation
 from seqlong.kernels.runtime import triton_runs_on
 from seqlong.kernels.scalar_decay.chunked import scalar_decay_chunked
-from seqlong.kernels.scalar_decay.plan import CHUNKS, NOTHING, SEGMENTS, candidates, power, settled
+from seqlong.kernels.scalar_decay.plan import candidates, power, settled
 from seqlong.kernels.scalar_decay.reference import scalar_decay_reference
 
 OFFERED = {
@@ -179,7 +179,7 @@ def _triton(
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
     """Call the Triton op on widths that it can read, and cut its results to the caller's."""
-    from seqlong.kernels.scalar_decay.triton import scalar_decay_triton
+    from seqlong.kernels.scalar_decay.triton import run
 
     width, value_width = q.shape[3], v.shape[3]
     per = 16 // v.element_size()
@@ -192,10 +192,7 @@ def _triton(
         v = F.pad(v, (0, value_wide - value_width))
     if initial_state is not None and (wide, value_wide) != (width, value_width):
         initial_state = F.pad(initial_state, (0, value_wide - value_width, 0, wide - width))
-    inputs = (q, k, v, gate, bias, rate, skip, initial_state)
-    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    keep = NOTHING if not needed else SEGMENTS if recompute else CHUNKS
-    output, final, *_ = scalar_decay_triton(q, k, v, gate, bias, rate, skip, starts, initial_state, reverse, keep)
+    output, final = run(q, k, v, gate, bias, rate, skip, starts, initial_state, reverse, recompute)
     if (wide, value_wide) != (width, value_width):
         output, final = output[..., :value_width], final[..., :width, :value_width]
     return output, final

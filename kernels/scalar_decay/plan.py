@@ -77,15 +77,15 @@ def settled(q: Tensor, v: Tensor, ssd: bool) -> Plan | None:
     The first use of a plan in a process is checked, see kernels/tuning.py.
     """
     shared = q.shape[2] != v.shape[2]
-    k, v_ = power(q.shape[3]), power(v.shape[3])
-    name = tuning.key(v.dtype, k=k, v=v_) if ssd else tuning.key(v.dtype, k=k, v=v_, shared=shared)
-    config = tuning.settle("ssd" if ssd else "scalar_decay", name, _settings(v.dtype, k, v_, shared or ssd), v.device)
+    config = tuning.settle(*_asked(v.dtype, power(q.shape[3]), power(v.shape[3]), shared, ssd), v.device)
     return None if config is None else _plan(tuple(config.items()))
 
 
 @lru_cache
-def _settings(dtype: torch.dtype, k: int, v: int, shared: bool) -> tuning.Config:
-    return dict(asdict(default(dtype, k, v, shared)))
+def _asked(dtype: torch.dtype, k: int, v: int, shared: bool, ssd: bool) -> tuple[str, str, tuning.Config]:
+    """Op, key and default settings."""
+    name = tuning.key(dtype, k=k, v=v) if ssd else tuning.key(dtype, k=k, v=v, shared=shared)
+    return "ssd" if ssd else "scalar_decay", name, dict(asdict(default(dtype, k, v, shared or ssd)))
 
 
 @lru_cache

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import use_allocator
@@ -76,8 +76,10 @@ def _strides(x: Tensor) -> tuple[int, int]:
 def _readable(x: Tensor) -> Tensor:
     """x (b t h d) as descriptors read it: heads side by side, rows on 16 bytes; a copy only where it is not so."""
     per = 16 // x.element_size()
-    side_by_side = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
-    row, token = _strides(x)
+    (rows, _, heads, width), (row, token, head, one) = x.shape, x.stride()
+    side_by_side = one == 1 and (heads == 1 or head == width)
+    if rows == 1:
+        row = 0
     aligned = x.data_ptr() % 16 == 0 and token > 0 and token % per == 0 and row % per == 0
     return x if side_by_side and aligned else x.contiguous()
 
@@ -86,11 +88,17 @@ def _float(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
+def _heads(heads: int, most: int) -> tuple[int, int]:
+    """Heads that a program takes, a power of two, and programs; triton.cdiv costs microseconds on the host."""
+    wide = min(most, 1 << (heads - 1).bit_length())
+    return wide, -(-heads // wide)
+
+
 def _prepare(gate: Tensor, bias: Tensor | None, rate: Tensor | None, starts: Tensor | None, reverse: bool, z: _Sizes):  # type: ignore[no-untyped-def]
     total = gate.new_empty(z.B, z.H, z.NC * z.plan.chunk, dtype=torch.float32)
     late = torch.empty_like(total) if rate is not None else total
-    wide = min(32, triton.next_power_of_2(z.H))
-    triton_forward.prepare[(z.NC * z.B, triton.cdiv(z.H, wide))](
+    wide, programs = _heads(z.H, 32)
+    triton_forward.prepare[(z.NC * z.B, programs)](
         gate, total if bias is None else bias, total if rate is None else rate,
         total if starts is None else starts.view(torch.uint8), total, late, z.T, z.H, z.NC, *gate.stride(),
         C=z.plan.chunk, BH=wide, SSD=rate is not None, BIAS=bias is not None, STARTS=starts is not None, REV=reverse,
@@ -141,14 +149,8 @@ def _chunk_states(k: Tensor, v: Tensor, total: Tensor, late: Tensor, entry: Tens
     return kept
 
 
-@torch.library.custom_op(
-    "seqlong::scalar_decay_triton",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor? bias, Tensor? rate, Tensor? skip, Tensor? starts, "
-    "Tensor? initial_state, bool reverse, int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
 @as_written
-def scalar_decay_triton(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -182,8 +184,17 @@ def scalar_decay_triton(
     )  # fmt: skip
     if keep == SEGMENTS and how == 1:
         kept = entry
-    none = total.new_empty(0)
-    return output, final, none if keep == NOTHING else total, late if ssd and keep != NOTHING else none.clone(), kept
+    if keep == NOTHING:
+        return output, final, total.new_empty(0), total.new_empty(0), kept
+    return output, final, total, late if ssd else total.new_empty(0), kept
+
+
+scalar_decay_triton = torch.library.custom_op(
+    "seqlong::scalar_decay_triton",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor? bias, Tensor? rate, Tensor? skip, Tensor? starts, "
+    "Tensor? initial_state, bool reverse, int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)(_forward)
 
 
 def _kept(v: Tensor, z: _Sizes, keep: int, how: int) -> Tensor:
@@ -211,15 +222,8 @@ def _(q, k, v, gate, bias, rate, skip, starts, initial_state, reverse, keep):  #
     )
 
 
-@torch.library.custom_op(
-    "seqlong::scalar_decay_triton_backward",
-    mutates_args=(),
-    schema="(Tensor grad_output, Tensor? grad_final, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? rate, "
-    "Tensor? skip, Tensor? starts, Tensor? initial_state, Tensor total, Tensor late, Tensor kept, bool reverse, "
-    "int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
 @as_written
-def scalar_decay_triton_backward(
+def _gradients(
     grad_output: Tensor,
     grad_final: Tensor | None,
     q: Tensor,
@@ -294,8 +298,8 @@ def scalar_decay_triton_backward(
         )  # fmt: skip
     drate = total.new_empty(z.B, z.NC, z.H) if ssd else total
     dskip = torch.empty_like(drate) if skip is not None else total
-    wide = min(16, triton.next_power_of_2(z.H))
-    triton_backward.gates[(z.NC * z.B, triton.cdiv(z.H, wide))](
+    wide, programs = _heads(z.H, 16)
+    triton_backward.gates[(z.NC * z.B, programs)](
         terms, outer, through, across, skips, anchors, total, late, total if rate is None else _float(rate),
         total if starts is None else starts.view(torch.uint8), dgate, drate, dskip, z.T, z.H, z.NC, z.B, NK=slices,
         VB=z.VB, C=z.plan.chunk, BH=wide, SHARED=shared, SSD=ssd, SKIP=skip is not None, STARTS=starts is not None,
@@ -304,6 +308,15 @@ def scalar_decay_triton_backward(
     none = total.new_empty(0)
     sums = (drate.sum((0, 1)) if ssd else none, dskip.sum((0, 1)) if skip is not None else none.clone())
     return dq, dk, dv, dgate, *sums, dinitial
+
+
+scalar_decay_triton_backward = torch.library.custom_op(
+    "seqlong::scalar_decay_triton_backward",
+    mutates_args=(),
+    schema="(Tensor grad_output, Tensor? grad_final, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? rate, "
+    "Tensor? skip, Tensor? starts, Tensor? initial_state, Tensor total, Tensor late, Tensor kept, bool reverse, "
+    "int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)(_gradients)
 
 
 @scalar_decay_triton_backward.register_fake
@@ -331,7 +344,8 @@ def _backward(ctx, grad_output, grad_final, *_kept):  # type: ignore[no-untyped-
     q, k, v, bias, rate, skip, starts, initial_state, total, late, kept = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(v)
-    dq, dk, dv, dgate, drate, dskip, dinitial = scalar_decay_triton_backward(
+    gradients = _gradients if untraced(grad_output, grad_final, total) else scalar_decay_triton_backward
+    dq, dk, dv, dgate, drate, dskip, dinitial = gradients(
         grad_output, grad_final, q, k, v, bias, rate, skip, starts, initial_state, total, late, kept, ctx.reverse,
         ctx.keep,
     )  # fmt: skip
@@ -355,3 +369,54 @@ def _backward(ctx, grad_output, grad_final, *_kept):  # type: ignore[no-untyped-
 
 
 scalar_decay_triton.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Untraced(torch.autograd.Function):
+    """The op for eager calls: torch.library's layers cost more host time than a short row takes on a GPU."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[:2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output, grad_final):  # type: ignore[no-untyped-def]
+        return _backward(ctx, grad_output, grad_final)
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def untraced(*inputs: Tensor | None) -> bool:
+    """Whether nothing watches what runs: no compiler, mode, transform or subclass, whose word for an op is its name."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+    ) and all(x is None or (type(x) in _PLAIN and x.device.type != "meta") for x in inputs)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    bias: Tensor | None,
+    rate: Tensor | None,
+    skip: Tensor | None,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    reverse: bool,
+    recompute: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output and final state, by the shortest way: the op where something traces, else the same functions plainly."""
+    inputs = (q, k, v, gate, bias, rate, skip, starts, initial_state)
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    keep = NOTHING if not needed else SEGMENTS if recompute else CHUNKS
+    call = scalar_decay_triton if not untraced(*inputs) else _Untraced.apply if needed else _forward
+    output, final, *_ = call(*inputs, reverse, keep)
+    return output, final
