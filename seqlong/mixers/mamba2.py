@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from seqlong.kernels.norm import gated_rms_norm
 from seqlong.kernels.scalar_decay import ssd
+from seqlong.kernels.scalar_decay.step import ssd_step
 from seqlong.kernels.short_conv import short_conv
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.base import Mixer, MixerState
@@ -118,6 +119,24 @@ class Mamba2(Mixer):
     ) -> tuple[Float[Tensor, "b t d"], Mamba2State | None]:
         """Everything after the first projection; z, x, B, C and dt are never copied out of what computed them."""
         z, xbc, dt = projected.split([self.d_inner, self.d_conv, self.heads], dim=-1)
+        after: Mamba2State | None
+        if projected.shape[1] == 1 and state is not None and not torch.is_grad_enabled():
+            y, after = self._step(xbc, dt, starts, padding, state)
+        else:
+            y, after = self._scan(xbc, dt, starts, padding, lengths, state)
+        y = gated_rms_norm(y.flatten(2), z, self.norm.weight, self.groups, self.norm_eps)
+        return self.out_proj(y), after
+
+    def _scan(
+        self,
+        xbc: Float[Tensor, "b t c"],
+        dt: Float[Tensor, "b t h"],
+        starts: Bool[Tensor, "b t"] | None,
+        padding: Bool[Tensor, "b t"] | None,
+        lengths: Int[Tensor, "b"] | None,
+        state: Mamba2State | None,
+    ) -> tuple[Float[Tensor, "b t h v"], Mamba2State | None]:
+        """Convolution and state space over a row."""
         if padding is not None:  # a step of zero neither decays nor writes
             dt = dt.masked_fill(padding[..., None], -torch.inf)
         xbc, conv = short_conv(
@@ -131,7 +150,7 @@ class Mamba2(Mixer):
         )
         x, b, c = xbc.split([self.d_inner, *[self.groups * self.d_state] * 2], dim=-1)
         # Decays stay in float32 whatever the activations are.
-        kept = torch.float64 if projected.dtype == torch.float64 else torch.float32
+        kept = torch.float64 if xbc.dtype == torch.float64 else torch.float32
         y, ssm = ssd(
             x.unflatten(2, (self.heads, self.head_dim)),
             dt,
@@ -144,8 +163,31 @@ class Mamba2(Mixer):
             initial_state=None if state is None else state.ssm,
             recompute=self.recompute,
         )
-        y = gated_rms_norm(y.flatten(2), z, self.norm.weight, self.groups, self.norm_eps)
-        return self.out_proj(y), None if state is None or conv is None else Mamba2State(ssm, conv)
+        return y, None if state is None or conv is None else Mamba2State(ssm, conv)
+
+    def _step(
+        self,
+        xbc: Float[Tensor, "b 1 c"],
+        dt: Float[Tensor, "b 1 h"],
+        starts: Bool[Tensor, "b 1"] | None,
+        padding: Bool[Tensor, "b 1"] | None,
+        state: Mamba2State,
+    ) -> tuple[Float[Tensor, "b 1 h v"], Mamba2State]:
+        """The same for one token after ``state``, without gradients."""
+        y, conv, ssm = ssd_step(
+            xbc[:, 0],
+            dt[:, 0],
+            state.conv,
+            state.ssm,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.A_log,
+            d=self.D,
+            dt_bias=self.dt_bias,
+            starts=None if starts is None else starts[:, 0],
+            padding=None if padding is None else padding[:, 0],
+        )
+        return y[:, None], Mamba2State(ssm, conv)
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> Mamba2State:
         kept = torch.float64 if dtype == torch.float64 else torch.float32
