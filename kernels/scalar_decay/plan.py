@@ -11,8 +11,8 @@ from torch import Tensor
 from seqlong.kernels import tuning
 from seqlong.kernels.runtime import INTERPRETED
 
-#: What the forward pass keeps for the backward: nothing, the state entering each segment, or each chunk.
-NOTHING, SEGMENTS, CHUNKS = 0, 1, 2
+#: What the forward pass keeps for the backward: nothing, or the state that enters each chunk.
+NOTHING, CHUNKS = 0, 1
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import use_allocator
 from seqlong.kernels.scalar_decay import triton_backward, triton_forward
-from seqlong.kernels.scalar_decay.plan import CHUNKS, NOTHING, SEGMENTS, Plan, power, segments, settled
+from seqlong.kernels.scalar_decay.plan import CHUNKS, NOTHING, Plan, power, segments, settled
 
 
 class _Sizes(NamedTuple):
@@ -88,6 +88,11 @@ def _float(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
+def _flags(starts: Tensor) -> Tensor:
+    """starts (b t) as kernels read it, which know one stride only: a part of wider rows is copied."""
+    return starts.contiguous().view(torch.uint8)
+
+
 def _heads(heads: int, most: int) -> tuple[int, int]:
     """Heads that a program takes, a power of two, and programs; triton.cdiv costs microseconds on the host."""
     wide = min(most, 1 << (heads - 1).bit_length())
@@ -100,7 +105,7 @@ def _prepare(gate: Tensor, bias: Tensor | None, rate: Tensor | None, starts: Ten
     wide, programs = _heads(z.H, 32)
     triton_forward.prepare[(z.NC * z.B, programs)](
         gate, total if bias is None else bias, total if rate is None else rate,
-        total if starts is None else starts.view(torch.uint8), total, late, z.T, z.H, z.NC, *gate.stride(),
+        total if starts is None else _flags(starts), total, late, z.T, z.H, z.NC, *gate.stride(),
         C=z.plan.chunk, BH=wide, SSD=rate is not None, BIAS=bias is not None, STARTS=starts is not None, REV=reverse,
         num_warps=4,
     )  # fmt: skip
@@ -137,16 +142,32 @@ def _scanned(states: Tensor, decays: Tensor, edge: Tensor | None, z: _Sizes, lef
     return states
 
 
-def _chunk_states(k: Tensor, v: Tensor, total: Tensor, late: Tensor, entry: Tensor | None, how: int, z: _Sizes,
-                  ssd: bool, reverse: bool) -> Tensor:  # fmt: skip
-    """The state that enters every chunk, again, from those that enter the segments."""
+@as_written
+def chunk_states(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    bias: Tensor | None,
+    rate: Tensor | None,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the forward pass keeps for the backward, without its output: decays, delays, states entering the chunks."""
+    use_allocator()
+    ssd = rate is not None
+    k, v = _readable(k), _readable(v)
+    z = _sizes(q, v, ssd)
+    total, late = _prepare(gate, _float(bias), _float(rate), starts, reverse, z)
+    entry, how = _walk(k, v, total, late, _float(initial_state), z, ssd, reverse, adjoint=False)
     kept = k.new_empty(z.B, z.NC, z.H, z.VB, z.KB)
     triton_forward.segment_states[z.walks](
-        k, v, total, late, total, total, total if entry is None else entry, kept, z.T, z.H, z.R, z.NC, z.NS, z.CPS,
-        *_strides(k), *_strides(v), **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd, REV=reverse, ADJOINT=False, ENTRY=how,
-        KEEP=True, **z.plan.launch("states"),
+        k, v, total, late, total, total, entry, kept, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *_strides(k), *_strides(v),
+        **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd, REV=reverse, ADJOINT=False, ENTRY=how, KEEP=True,
+        **z.plan.launch("states"),
     )  # fmt: skip
-    return kept
+    return total, late if ssd else total.new_empty(0), kept
 
 
 @as_written
@@ -162,11 +183,12 @@ def _forward(
     initial_state: Tensor | None,
     reverse: bool,
     keep: int,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output (b t h v), final state (b h k v), and for the backward pass: running decays, delays, kept states.
 
     With ``rate`` (ssd) the gate is a raw step: decay = rate · softplus(gate + bias), v weighs that step, and skip · v
-    is added.
+    is added. ``out`` is contiguous memory for the output.
     """
     use_allocator()
     ssd = rate is not None
@@ -174,16 +196,14 @@ def _forward(
     z = _sizes(q, v, ssd)
     total, late = _prepare(gate, _float(bias), _float(rate), starts, reverse, z)
     entry, how = _walk(k, v, total, late, _float(initial_state), z, ssd, reverse, adjoint=False)
-    output = v.new_empty(z.B, z.T, z.H, z.V)
+    output = v.new_empty(z.B, z.T, z.H, z.V) if out is None else out
     final = total.new_empty(z.B, z.H, z.K, z.V)
-    kept = _kept(v, z, keep, how)
+    kept = _kept(v, z, keep)
     triton_forward.forward[z.walks](
         q, k, v, total, late, total if skip is None else _float(skip), entry, output, kept, final, z.T, z.H, z.R, z.NC,
         z.NS, z.CPS, *_strides(q), *_strides(k), *_strides(v), **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd,
         SKIP=skip is not None, ENTRY=how, KEEP=keep == CHUNKS, REV=reverse, **z.plan.launch("forward"),
     )  # fmt: skip
-    if keep == SEGMENTS and how == 1:
-        kept = entry
     if keep == NOTHING:
         return output, final, total.new_empty(0), total.new_empty(0), kept
     return output, final, total, late if ssd else total.new_empty(0), kept
@@ -197,20 +217,15 @@ scalar_decay_triton = torch.library.custom_op(
 )(_forward)
 
 
-def _kept(v: Tensor, z: _Sizes, keep: int, how: int) -> Tensor:
-    """Room for what the backward pass is to find."""
-    if keep == CHUNKS:
-        return v.new_empty(z.B, z.NC, z.H, z.VB, z.KB)
-    if keep == SEGMENTS and how == 1:
-        return v.new_empty(z.B * z.H, z.NS, z.KB, z.VB, dtype=torch.float32)
-    return v.new_empty(0, dtype=torch.float32 if keep == SEGMENTS else v.dtype)
+def _kept(v: Tensor, z: _Sizes, keep: int) -> Tensor:
+    """Room for the state that enters each chunk, if the backward pass is to find it."""
+    return v.new_empty((z.B, z.NC, z.H, z.VB, z.KB) if keep == CHUNKS else 0)
 
 
 @scalar_decay_triton.register_fake
 def _(q, k, v, gate, bias, rate, skip, starts, initial_state, reverse, keep):  # type: ignore[no-untyped-def]
     ssd = rate is not None
     z = _sizes(q, v, ssd)
-    how = 1 if z.NS > 1 else 0
     total = v.new_empty(z.B, z.H, z.NC * z.plan.chunk, dtype=torch.float32)
     none = total.new_empty(0)
     return (
@@ -218,7 +233,7 @@ def _(q, k, v, gate, bias, rate, skip, starts, initial_state, reverse, keep):  #
         total.new_empty(z.B, z.H, z.K, z.V),
         none if keep == NOTHING else total,
         torch.empty_like(total) if ssd and keep != NOTHING else none.clone(),
-        _kept(v, z, keep, how),
+        _kept(v, z, keep),
     )
 
 
@@ -238,9 +253,12 @@ def _gradients(
     late: Tensor,
     kept: Tensor,
     reverse: bool,
-    keep: int,
+    out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, gate (b t h), rate, skip and the initial state, all but the first three in float32."""
+    """Gradients of q, k, v, gate (b t h), rate, skip and the initial state, all but the first three in float32.
+
+    ``out`` is contiguous memory for the first four.
+    """
     use_allocator()
     ssd = rate is not None
     q, k, v, go = (_readable(x) for x in (q, k, v, grad_output.to(v.dtype)))
@@ -248,12 +266,9 @@ def _gradients(
     if not ssd:
         late = total
     initial = _float(initial_state)
-    if keep == SEGMENTS:
-        how = 1 if z.NS > 1 else 0 if initial is None else 2
-        kept = _chunk_states(k, v, total, late, kept if how == 1 else initial, how, z, ssd, reverse)
     entry, how = _walk(q, go, total, late, _float(grad_final), z, ssd, reverse, adjoint=True)
-    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
-    dv, dgate = v.new_empty(v.shape), total.new_empty(z.B, z.T, z.H)
+    fresh = out or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), total.new_empty(z.B, z.T, z.H))
+    dq, dk, dv, dgate = fresh
     dinitial = total.new_empty(z.B, z.H, z.K, z.V) if initial is not None else total.new_empty(0)
     common = dict(**z.tile, C=z.plan.chunk, REV=reverse)
     if fused(z.G, z.H, z.KB, z.VB, ssd):
@@ -301,7 +316,7 @@ def _gradients(
     wide, programs = _heads(z.H, 16)
     triton_backward.gates[(z.NC * z.B, programs)](
         terms, outer, through, across, skips, anchors, total, late, total if rate is None else _float(rate),
-        total if starts is None else starts.view(torch.uint8), dgate, drate, dskip, z.T, z.H, z.NC, z.B, NK=slices,
+        total if starts is None else _flags(starts), dgate, drate, dskip, z.T, z.H, z.NC, z.B, NK=slices,
         VB=z.VB, C=z.plan.chunk, BH=wide, SHARED=shared, SSD=ssd, SKIP=skip is not None, STARTS=starts is not None,
         REV=reverse, num_warps=4,
     )  # fmt: skip
@@ -314,13 +329,13 @@ scalar_decay_triton_backward = torch.library.custom_op(
     "seqlong::scalar_decay_triton_backward",
     mutates_args=(),
     schema="(Tensor grad_output, Tensor? grad_final, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? rate, "
-    "Tensor? skip, Tensor? starts, Tensor? initial_state, Tensor total, Tensor late, Tensor kept, bool reverse, "
-    "int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? skip, Tensor? starts, Tensor? initial_state, Tensor total, Tensor late, Tensor kept, bool reverse) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )(_gradients)
 
 
 @scalar_decay_triton_backward.register_fake
-def _(grad_output, grad_final, q, k, v, bias, rate, skip, starts, initial_state, total, late, kept, reverse, keep):  # type: ignore[no-untyped-def]
+def _(grad_output, grad_final, q, k, v, bias, rate, skip, starts, initial_state, total, late, kept, reverse):  # type: ignore[no-untyped-def]
     none = total.new_empty(0)
     return (
         q.new_empty(q.shape),
@@ -334,7 +349,7 @@ def _(grad_output, grad_final, q, k, v, bias, rate, skip, starts, initial_state,
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, gate, bias, rate, skip, starts, initial_state, ctx.reverse, ctx.keep = inputs
+    q, k, v, gate, bias, rate, skip, starts, initial_state, ctx.reverse, _ = inputs
     ctx.save_for_backward(q, k, v, bias, rate, skip, starts, initial_state, *output[2:])
     ctx.gate_type = gate.dtype
     ctx.set_materialize_grads(False)
@@ -346,9 +361,8 @@ def _backward(ctx, grad_output, grad_final, *_kept):  # type: ignore[no-untyped-
         grad_output = torch.zeros_like(v)
     gradients = _gradients if untraced(grad_output, grad_final, total) else scalar_decay_triton_backward
     dq, dk, dv, dgate, drate, dskip, dinitial = gradients(
-        grad_output, grad_final, q, k, v, bias, rate, skip, starts, initial_state, total, late, kept, ctx.reverse,
-        ctx.keep,
-    )  # fmt: skip
+        grad_output, grad_final, q, k, v, bias, rate, skip, starts, initial_state, total, late, kept, ctx.reverse
+    )
 
     def as_type(grad, like):  # type: ignore[no-untyped-def]
         return None if like is None else grad.to(like.dtype)
@@ -416,7 +430,12 @@ def run(
     """Output and final state, by the shortest way: the op where something traces, else the same functions plainly."""
     inputs = (q, k, v, gate, bias, rate, skip, starts, initial_state)
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    keep = NOTHING if not needed else SEGMENTS if recompute else CHUNKS
-    call = scalar_decay_triton if not untraced(*inputs) else _Untraced.apply if needed else _forward
-    output, final, *_ = call(*inputs, reverse, keep)
+    plain = untraced(*inputs)
+    if needed and recompute:
+        from seqlong.kernels.scalar_decay.windows import Windows, scalar_decay_windows
+
+        output, final, *_ = (Windows.apply if plain else scalar_decay_windows)(*inputs, reverse)
+        return output, final
+    call = scalar_decay_triton if not plain else _Untraced.apply if needed else _forward
+    output, final, *_ = call(*inputs, reverse, CHUNKS if needed else NOTHING)
     return output, final
