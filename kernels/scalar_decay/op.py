@@ -75,8 +75,9 @@ def scalar_decay(
         starts: True where the state starts afresh before the token; in reverse, before it in reading from the right.
         initial_state: the state before the first token read; zero if None.
         reverse: read from right to left.
-        recompute: keep less for the backward pass, and compute the states of chunks again there. Only the Triton form
-            can keep them; the others never do.
+        recompute: run a window of tokens at a time, and make its states again in the backward pass: memory beside
+            inputs, outputs and gradients then stays the same however long the row, for a tenth more time or so. Only the Triton
+            form keeps anything else.
         implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose.
 
     Returns:
