@@ -93,11 +93,6 @@ def _flags(starts: Tensor) -> Tensor:
     return starts.contiguous().view(torch.uint8)
 
 
-def _flags(starts: Tensor) -> Tensor:
-    """starts (b t) as kernels read it, which know one stride only: a part of wider rows is copied."""
-    return starts.contiguous().view(torch.uint8)
-
-
 def _heads(heads: int, most: int) -> tuple[int, int]:
     """Heads that a program takes, a power of two, and programs; triton.cdiv costs microseconds on the host."""
     wide = min(most, 1 << (heads - 1).bit_length())

@@ -122,8 +122,8 @@ def _(q, k, v, log_decay, starts, keep):  # type: ignore[no-untyped-def]
 @torch.library.custom_op(
     "seqlong::bidirectional_decay_triton_backward",
     mutates_args=(),
-    schema="(Tensor grad_output, Tensor q, Tensor k, Tensor v, Tensor? starts, Tensor totals, Tensor kept, Tensor held, "
-    "Tensor shifts, Tensor states, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor grad_output, Tensor q, Tensor k, Tensor v, Tensor? starts, Tensor totals, Tensor kept, "
+    "Tensor held, Tensor shifts, Tensor states, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 @as_written
 def bidirectional_decay_triton_backward(
@@ -150,7 +150,8 @@ def bidirectional_decay_triton_backward(
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     dv, dgate = v.new_empty(v.shape), totals.new_empty(z.B, z.T, z.H)
     kernels.both_fused[(z.H * z.NS * z.B,)](
-        q, k, v, go, totals[0], totals[1], kept, held, shifts, states, dheld, dshifts, dstates, dq, dk, dv, dgate, z.T,
+        q, k, v, go, totals[0], totals[1], kept, held, shifts, states[0].to(q.dtype), dheld, dshifts,
+        dstates[0].to(q.dtype), dstates, dq, dk, dv, dgate, z.T,
         z.H, z.NC, z.NS, z.CPS, *_strides(q), *_strides(k), *_strides(v), *_strides(go), **z.tile, C=z.plan.chunk,
         ENTRY=z.NS > 1, **z.plan.launch("fused"),
     )  # fmt: skip

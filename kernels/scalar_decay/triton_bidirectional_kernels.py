@@ -4,7 +4,7 @@ Two readings share everything. From the left, with b the running sum of log2 dec
 
     L <- 2^bC L + Σ_j 2^(bC - b_j) k_jᵀ v_j          o_i = 2^b_i q_i L + Σ_{j <= i} 2^(b_i - b_j) (q_i·k_j) v_j
 
-and from the right, with r the sum from the chunk's end back, rC the whole, and R the state that comes in from the right:
+and from the right, with r the sum from the chunk's end back, rC the whole, and R the state that comes from the right:
 
     R <- 2^rC R + Σ_j 2^(rC - r_j) k_jᵀ v_j          o_i += 2^r_i q_i R + Σ_{j > i} 2^(r_i - r_j) (q_i·k_j) v_j
 
@@ -111,9 +111,10 @@ def scan_both(states, decays, NS, XY: tl.constexpr, ADJOINT: tl.constexpr, BLOCK
 
 
 @triton.jit(do_not_specialize=["T", "H", "R", "NC", "NS", "CPS"])
-def both_forward(q, k, v, left, right, held, shifts, states, o, kept, T, H, R, NC, NS, CPS, sqb, sqt, skb, skt, svb, svt,
-                 K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, BV: tl.constexpr,
-                 C: tl.constexpr, ENTRY: tl.constexpr, KEEP: tl.constexpr, OUT: tl.constexpr, ST: tl.constexpr):  # fmt: skip
+def both_forward(q, k, v, left, right, held, shifts, states, o, kept, T, H, R, NC, NS, CPS, sqb, sqt, skb, skt, svb,
+                 svt, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, BV: tl.constexpr,
+                 C: tl.constexpr, ENTRY: tl.constexpr, KEEP: tl.constexpr, OUT: tl.constexpr,
+                 ST: tl.constexpr):  # fmt: skip
     """Walk a segment rightwards with L on chip and R from ``held``: the output, and L before each chunk to ``kept``."""
     pid = tl.program_id(0)
     h = pid % H
@@ -176,18 +177,16 @@ def both_forward(q, k, v, left, right, held, shifts, states, o, kept, T, H, R, N
 
 
 @triton.jit(do_not_specialize=["T", "H", "NC", "NS", "CPS"])
-def both_fused(q, k, v, go, left, right, kept, held, shifts, states, dheld, dshifts, dstates, dq, dk, dv, dg, T, H, NC,
+def both_fused(q, k, v, go, left, right, kept, held, shifts, edges, dheld, dshifts, dedges, dstates, dq, dk, dv, dg, T, H, NC,
                NS, CPS, sqb, sqt, skb, skt, svb, svt, sob, sot, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr,
                VB: tl.constexpr, C: tl.constexpr, ENTRY: tl.constexpr, ST: tl.constexpr):  # fmt: skip
     """Small heads (K, V <= 64) that share nothing: every gradient in one walk leftwards, with dL on chip.
 
-    L comes from ``kept``, R from ``held``, dR from ``dheld``. With P = (grad o · vᵀ) ⊙ G the flows through the decay of
-    token t are those of the left reading from before t to t and beyond, and those of the right from after t to t and
-    before:
+    L comes from ``kept``, R from ``held``, dR from ``dheld``. With e = q·grad q - k·grad k of a token, l the part of e
+    that belongs to the left reading, and flow the sum of q·grad through a decay, of the left reading at the chunk's left
+    edge and of the right reading at its right edge, where the states give it:
 
-        grad g_t = <L, dL> - Σ_{i < t} l_i + <R, dR> + Σ_{i <= t} (e_i - l_i)
-
-    at the chunk's left edge, where e = q·grad q - k·grad k and l is its part through the left reading.
+        grad g_t = flow - Σ_{i < t} l_i - Σ_{i > t} (e_i - l_i)
     """
     pid = tl.program_id(0)
     h = pid % H
@@ -215,8 +214,10 @@ def both_fused(q, k, v, go, left, right, kept, held, shifts, states, dheld, dshi
     r_d = tl.make_tensor_descriptor(right + base, [NC * C], [1], [C])
     second = tl.num_programs(0).to(tl.int64) * (KB * VB)
     dL = edge(dstates + second, index, s, NS, 0, KB, VB, KB, ENTRY)
-    E = edge(states, index, s, NS, 0, VB, KB, VB, ENTRY).to(q.dtype.element_ty)
-    dE = edge(dstates, index, s, NS, 0, KB, VB, KB, ENTRY).to(q.dtype.element_ty)
+    if ENTRY:
+        at = (index * NS + s) * (KB * VB)
+        e_d = tl.make_tensor_descriptor(edges + at, [VB, KB], [KB, 1], [VB, KB])
+        de_d = tl.make_tensor_descriptor(dedges + at, [KB, VB], [VB, 1], [KB, VB])
     rows = tl.arange(0, C)
     i_, j_ = rows[:, None], rows[None, :]
     left_ends = left + base + (C - 1)
@@ -227,59 +228,83 @@ def both_fused(q, k, v, go, left, right, kept, held, shifts, states, dheld, dshi
     dshift_next = tl.load(dshifts + index * NC + c)
     for i in tl.range(0, n, num_stages=ST):
         t0 = c * C
-        Q = q_d.load([t0, 0])
-        Kt = k_d.load([t0, 0])
-        X = v_d.load([t0, 0])
-        dO = go_d.load([t0, 0])
-        L = l_d.load([(c * H + h) * VB, 0])
-        R = s_d.load([(c * H + h) * VB, 0])
-        dR = ds_d.load([(c * H + h) * KB, 0])
-        b = b_d.load([t0])
-        r = r_d.load([t0])
         bC = bC_next
         rC = rC_next
         bC_next = tl.load(left_ends + (c - 1) * C, mask=i + 1 < n, other=0.0)
         rC_next = tl.load(right_ends + (c - 1) * C, mask=i + 1 < n, other=0.0)
-        if ENTRY:
-            shift = shift_next
-            dshift = dshift_next
+        # A tile that is also used element by element sits in registers from where it is loaded: loads come late.
+        R = s_d.load([(c * H + h) * VB, 0])
+        dR = ds_d.load([(c * H + h) * KB, 0])
+        L = l_d.load([(c * H + h) * VB, 0])
+        dLb = dL.to(q.dtype.element_ty)
+        flow = tl.sum(tl.sum(dL * tl.trans(L).to(tl.float32), 1), 0) * tl.exp2(bC)
+        RT = tl.trans(R).to(tl.float32)
+        dRf = dR.to(tl.float32)
+        if ENTRY:  # corrections of the edge go into products as they are, so that no tile needs a copy
+            E = e_d.load([0, 0])
+            dE = de_d.load([0, 0])
+            shift = tl.exp2(shift_next)
+            dshift = tl.exp2(dshift_next)
             shift_next = tl.load(shifts + index * NC + c - 1, mask=i + 1 < n, other=0.0)
             dshift_next = tl.load(dshifts + index * NC + c - 1, mask=i + 1 < n, other=0.0)
-            R = (R.to(tl.float32) + E.to(tl.float32) * tl.exp2(shift)).to(Q.dtype)
-            dR = (dR.to(tl.float32) + dE.to(tl.float32) * tl.exp2(dshift)).to(Q.dtype)
-        through = tl.sum(tl.sum(tl.trans(R).to(tl.float32) * dR.to(tl.float32), 1), 0) * tl.exp2(rC)
-        wl = tl.exp2(bC - b)
-        wr = tl.exp2(rC - r)
-        el = tl.exp2(b)
-        dLb = dL.to(Q.dtype)
-        AT = tl.dot(Kt, tl.trans(Q), input_precision="ieee")
-        AT = (AT * tl.exp2(tl.where(i_ <= j_, b[None, :] - b[:, None], r[None, :] - r[:, None]))).to(Q.dtype)
-        dV = tl.dot(Kt, dLb, input_precision="ieee") * wl[:, None]
-        left_e = -tl.sum(dV * X.to(tl.float32), 1)
-        dVr = tl.dot(Kt, dR, input_precision="ieee") * wr[:, None]
-        through += tl.sum(tl.sum(dVr * X.to(tl.float32), 1), 0)
-        dV = tl.dot(AT, dO, dV + dVr, input_precision="ieee")
+            RT += tl.trans(E).to(tl.float32) * shift
+            dRf += dE.to(tl.float32) * dshift
+        flow += tl.sum(tl.sum(RT * dRf, 1), 0) * tl.exp2(rC)
+        dO = go_d.load([t0, 0])
+        b = b_d.load([t0])
+        r = r_d.load([t0])
+        dOw = (dO.to(tl.float32) * tl.exp2(b)[:, None]).to(dO.dtype)
+        X = v_d.load([t0, 0])
+        Kt = k_d.load([t0, 0])
+        dV = tl.dot(Kt, dLb, input_precision="ieee") * tl.exp2(bC - b)[:, None]
+        l = -tl.sum(dV * X.to(tl.float32), 1)
+        if ENTRY:
+            part = tl.dot(Kt, dE, input_precision="ieee") * dshift
+            part = tl.dot(Kt, dR, part, input_precision="ieee")
+        else:
+            part = tl.dot(Kt, dR, input_precision="ieee")
+        dV += part * tl.exp2(rC - r)[:, None]
+        e = -tl.sum(dV * X.to(tl.float32), 1)
+        Q = q_d.load([t0, 0])
+        A = tl.dot(Kt, tl.trans(Q), input_precision="ieee")
+        A = (A * tl.exp2(tl.where(i_ <= j_, b[None, :] - b[:, None], r[None, :] - r[:, None]))).to(dO.dtype)
+        dV = tl.dot(A, dO, dV, input_precision="ieee")
         dv_d.store([t0, 0], dV.to(dv.dtype.element_ty))
+        # Again: along columns a vector takes as many registers as a row of the tile has elements to a thread.
+        b = b_d.load([t0])
+        r = r_d.load([t0])
         P = tl.dot(dO, tl.trans(X), input_precision="ieee")
-        P = (P * tl.exp2(tl.where(i_ >= j_, b[:, None] - b[None, :], r[:, None] - r[None, :]))).to(Q.dtype)
-        Z = tl.dot(Q, tl.trans(Kt), input_precision="ieee")
-        Z = tl.where(i_ > j_, Z * P.to(tl.float32), 0.0)
-        left_e += tl.sum(Z, 1)
-        left_e -= tl.sum(Z, 0)
-        dQ = tl.dot(dO, L, input_precision="ieee") * el[:, None]
-        left_e += tl.sum(dQ * Q.to(tl.float32), 1)
-        dQ += tl.dot(dO, R, input_precision="ieee") * tl.exp2(r)[:, None]
+        P = (P * tl.exp2(tl.where(i_ >= j_, b[:, None] - b[None, :], r[:, None] - r[None, :]))).to(dO.dtype)
+        Z = tl.dot(Q, tl.trans(Kt), input_precision="ieee") * P.to(tl.float32)
+        e += tl.sum(Z, 1) - tl.sum(Z, 0)
+        Z = tl.where(i_ > j_, Z, 0.0)
+        l += tl.sum(Z, 1) - tl.sum(Z, 0)
+        dQ = tl.dot(dO, L, input_precision="ieee") * tl.exp2(b)[:, None]
+        l += tl.sum(dQ * Q.to(tl.float32), 1)
+        if ENTRY:
+            part = tl.dot(dO, E, input_precision="ieee") * shift
+            part = tl.dot(dO, R, part, input_precision="ieee")
+        else:
+            part = tl.dot(dO, R, input_precision="ieee")
+        dQ += part * tl.exp2(r)[:, None]
+        across = tl.sum(dQ * Q.to(tl.float32), 1)
+        e += across
         dQ = tl.dot(P, Kt, dQ, input_precision="ieee")
         dq_d.store([t0, 0], dQ.to(dq.dtype.element_ty))
-        e = tl.sum(dQ * Q.to(tl.float32), 1)
-        dKT = tl.dot(dLb, tl.trans(X), input_precision="ieee") * wl[None, :]
-        dKT += tl.dot(dR, tl.trans(X), input_precision="ieee") * wr[None, :]
+        flow += tl.sum(across - e + l, 0)
+        grad = flow + l + tl.cumsum(e - 2.0 * l, 0)
+        tl.store(dg + out + (t0 + rows).to(tl.int64) * H, grad, mask=t0 + rows < T)
+        b = b_d.load([t0])
+        r = r_d.load([t0])
+        dLb = (dL + bC * 0.0).to(q.dtype.element_ty)  # not kept in registers all the while
+        dKT = tl.dot(dLb, tl.trans(X), input_precision="ieee") * tl.exp2(bC - b)[None, :]
+        if ENTRY:
+            part = tl.dot(dE, tl.trans(X), input_precision="ieee") * dshift
+            part = tl.dot(dR, tl.trans(X), part, input_precision="ieee")
+        else:
+            part = tl.dot(dR, tl.trans(X), input_precision="ieee")
+        dKT += part * tl.exp2(rC - r)[None, :]
         dKT = tl.dot(tl.trans(Q), P, dKT, input_precision="ieee")
         dk_d.store([t0, 0], tl.trans(dKT.to(dk.dtype.element_ty)))
-        e -= tl.sum(dKT * tl.trans(Kt).to(tl.float32), 0)
-        dOw = (dO.to(tl.float32) * el[:, None]).to(dO.dtype)
         dL = tl.dot(tl.trans(Q), dOw, dL * tl.exp2(bC), input_precision="ieee")
-        anchor = tl.sum(tl.sum(dL * tl.trans(L).to(tl.float32), 1), 0) + through
-        grad = anchor + left_e + tl.cumsum(e - 2.0 * left_e, 0)
-        tl.store(dg + out + (t0 + rows).to(tl.int64) * H, grad, mask=t0 + rows < T)
         c -= 1
