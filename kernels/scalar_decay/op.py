@@ -76,8 +76,7 @@ def scalar_decay(
         initial_state: the state before the first token read; zero if None.
         reverse: read from right to left.
         recompute: run a window of tokens at a time, and make its states again in the backward pass: memory beside
-            inputs, outputs and gradients then stays the same however long the row, for a tenth more time or so. Only the Triton
-            form keeps anything else.
+            inputs, outputs and gradients then stays the same however long the row. Only the Triton form keeps more.
         implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose.
 
     Returns:
