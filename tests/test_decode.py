@@ -253,6 +253,23 @@ def test_decoding_is_training(name: str, packed: str, how: str, monkeypatch: pyt
     assert error(found[real], expected[real]) < 1e-6
 
 
+@pytest.mark.parametrize("how", [pytest.param("triton", marks=interpreted), "chunked"])
+def test_a_row_without_a_token_keeps_its_state(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a batch may end apart: what stands in the others, even NaN, changes nothing."""
+    mixer, hidden = mixer_of("plain"), torch.randn(2, 1, 16)
+    state = mixer.initial_state(2, "cpu", torch.float32).map(torch.randn_like)
+    monkeypatch.setenv("SEQLONG_KERNELS", how)
+    with torch.no_grad():
+        _, alone = mixer(hidden, SequenceLayout.build(2, 1), state)
+        hidden[1] = torch.nan
+        idle = SequenceLayout.build(2, 1, torch.tensor([[1], [0]], dtype=torch.int32))
+        output, after = mixer(hidden, idle, state)
+    assert output[0].isfinite().all() and isinstance(after, Mamba2State) and isinstance(alone, Mamba2State)
+    for given, found, expected in ((state.ssm, after.ssm, alone.ssm), (state.conv, after.conv, alone.conv)):
+        assert torch.equal(found[1], given[1]) and torch.equal(found[0], expected[0])
+        assert not torch.equal(found[0], given[0])
+
+
 @interpreted
 @pytest.mark.parametrize("each", [2, 3, 8])
 def test_a_few_tokens_at_a_time_are_the_row(each: int, monkeypatch: pytest.MonkeyPatch) -> None:
