@@ -104,7 +104,8 @@ CONV = INNER + 2 * STATE
 def _parameters(device: torch.device) -> Inputs:
     """As Mamba2 starts, but with steps of 0.02 to 0.1: older positions must have decayed where the check looks."""
     steps = torch.rand(HEADS, device=device) * 0.08 + 0.02
-    return {"a": -(1 + 15 * torch.rand(HEADS, device=device)), "d": torch.randn(HEADS, device=device),
+    rates = 1 + 15 * torch.rand(HEADS, device=device)
+    return {"a": -rates, "a_log": rates.log(), "d": torch.randn(HEADS, device=device),
             "bias": steps + torch.log(-torch.expm1(-steps))}  # fmt: skip
 
 
@@ -184,26 +185,41 @@ def _mamba_mixer(x: Inputs) -> Tensor:
 
 
 def _step_inputs(rows: int, length: int, device: torch.device) -> Inputs:
-    return {**_ssd_inputs(rows, 1, device), "state": torch.randn(rows, HEADS, STATE, HEAD, device=device)}
+    """One token a row, projected; parameters of the convolution in bfloat16, as a model that decodes has them."""
+    return {
+        "xbc": _normal(rows, CONV, device=device),
+        "dt": _normal(rows, HEADS, device=device, scale=0.3),
+        "conv": _normal(rows, 3, CONV, device=device),
+        "weight": _normal(CONV, 4, device=device, scale=0.4),
+        "shift": _normal(CONV, device=device, scale=0.1),
+        "state": torch.randn(rows, HEADS, STATE, HEAD, device=device),
+        **_parameters(device),
+    }
 
 
 def _step(x: Inputs, implementation: str | None) -> Tensor:
-    from seqlong.kernels.scalar_decay import ssd
+    from seqlong.kernels.scalar_decay.step import ssd_step
 
-    return ssd(x["x"], x["dt"], x["a"], x["b"], x["c"], d=x["d"], dt_bias=x["bias"], initial_state=x["state"],
-               implementation=implementation)[0]  # fmt: skip
+    return ssd_step(x["xbc"], x["dt"], x["conv"], x["state"], x["weight"], x["shift"], x["a_log"], d=x["d"],
+                    dt_bias=x["bias"], implementation=implementation)[0]  # fmt: skip
 
 
 def _mamba_step(x: Inputs) -> Callable[[], Tensor]:
+    """The scan alone: the convolution, which is a launch of another library there, is made before."""
     import_mamba_ssm()
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
+    from seqlong.kernels.short_conv import short_conv
+
+    mixed = short_conv(x["xbc"][:, None], x["weight"], x["shift"], state=x["conv"], implementation="chunked")[0][:, 0]
+    u, b, c = mixed.split([INNER, STATE, STATE], dim=-1)
+    u = u.unflatten(1, (HEADS, HEAD))
     state = x["state"].transpose(2, 3).contiguous()
     a, d, bias = x["a"][:, None, None].expand(-1, HEAD, STATE), x["d"][:, None].expand(-1, HEAD), x["bias"][:, None]
     return lambda: selective_state_update(
-        state, x["x"][:, 0], x["dt"][:, 0, :, None].expand(-1, -1, HEAD), a, x["b"][:, 0], x["c"][:, 0], d,
+        state, u, x["dt"][..., None].expand(-1, -1, HEAD), a, b[:, None], c[:, None], d,
         dt_bias=bias.expand(-1, HEAD), dt_softplus=True,
-    )[:, None]  # fmt: skip
+    )  # fmt: skip
 
 
 # -- Tables ------------------------------------------------------------------------------------------------------------
@@ -267,7 +283,7 @@ CONTENDERS: dict[str, dict[str, tuple[str, Contender]]] = {
     "mamba-ssm": {
         "mamba2_ssd": ("mamba-ssm mamba_chunk_scan_combined", _now(_mamba_ssd)),
         "mamba2_mixer": ("mamba-ssm fused mixer (fla's Mamba2 calls it too)", _now(_mamba_mixer)),
-        "decode": ("mamba-ssm selective_state_update", _mamba_step),
+        "decode": ("mamba-ssm selective_state_update, its convolution not counted", _mamba_step),
     },
     **{
         group: {name: (label, _now(_attention(backend))) for name in ("simple_gla", "simple_gla_128")}
