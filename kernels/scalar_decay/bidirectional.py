@@ -57,8 +57,13 @@ def at_once(q: Tensor, v: Tensor) -> bool:
 def settled(q: Tensor, v: Tensor) -> Plan | None:
     """The plan for a call's type, widths and device: a tuned one, else the default; None if neither is right here."""
     key = tuning.key(v.dtype, k=power(q.shape[3]), v=power(v.shape[3]))
-    config = tuning.settle("bidirectional_decay", key, dict(asdict(default(v.dtype))), v.device)
+    config = tuning.settle("bidirectional_decay", key, _settings(v.dtype), v.device)
     return None if config is None else _plan(tuple(config.items()))
+
+
+@lru_cache
+def _settings(dtype: torch.dtype) -> tuning.Config:
+    return dict(asdict(default(dtype)))
 
 
 @lru_cache

@@ -20,6 +20,9 @@ from seqlong.kernels.scalar_decay.reference import last_tokens
 from seqlong.kernels.scalar_decay.triton import _readable, _Sizes, _strides
 from seqlong.kernels.scalar_decay.triton_forward import prepare
 
+#: Registers of a thread of ``both_states``: a few fewer than it would take, and four programs fit a multiprocessor.
+REGISTERS: int | None = 128
+
 
 def _sizes(q: Tensor, v: Tensor) -> _Sizes:
     (rows, length, groups, width), (heads, value_width) = q.shape, v.shape[2:]
@@ -60,6 +63,7 @@ def _states(x: Tensor, y: Tensor, totals: Tensor, z: _Sizes, adjoint: bool) -> t
         x, y, totals[0], totals[1], kept, shifts, states, decays, z.T, z.H, z.H // x.shape[2], z.H // y.shape[2], z.NC,
         z.NS, z.CPS, *_strides(x), *_strides(y), X=x.shape[3], Y=y.shape[3], XB=tile_x, YB=tile_y, BX=tile_x,
         C=z.plan.chunk, ADJOINT=adjoint, **z.plan.launch("states"),
+        maxnreg=REGISTERS if x.element_size() == 2 else None,
     )  # fmt: skip
     if z.NS > 1:
         block = min(128, tile_x * tile_y)

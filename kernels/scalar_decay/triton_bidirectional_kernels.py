@@ -36,7 +36,7 @@ def edge(states, index, s, NS, ix, XB: tl.constexpr, YB: tl.constexpr, BX: tl.co
 def both_states(x, y, left, right, kept, shifts, states, decays, T, H, RX, RY, NC, NS, CPS, sxb, sxt, syb, syt,
                 X: tl.constexpr, Y: tl.constexpr, XB: tl.constexpr, YB: tl.constexpr, BX: tl.constexpr,
                 C: tl.constexpr, ADJOINT: tl.constexpr, ST: tl.constexpr):  # fmt: skip
-    """Walk a segment from zero for both readings at once: S <- 2^end S + (w ⊙ x)ᵀ y.
+    """Walk a segment from zero for both readings at once: S <- 2^end S + xᵀ (w ⊙ y).
 
     Leftwards, x, y = v, k: R before each chunk goes to ``kept`` (b n h x y), and L of the segment is summed up beside
     it. Rightwards in the adjoint walk, x, y = q, grad o: the same with dR and dL. ``states`` and ``decays``: first the
@@ -59,7 +59,7 @@ def both_states(x, y, left, right, kept, shifts, states, decays, T, H, RX, RY, N
     y_d = tl.make_tensor_descriptor(y + row * syb + (h // RY) * Y, [T, Y], [syt, 1], [C, YB])
     b_d = tl.make_tensor_descriptor(left + base, [NC * C], [1], [C])
     r_d = tl.make_tensor_descriptor(right + base, [NC * C], [1], [C])
-    kept_d = tl.make_tensor_descriptor(kept + row * NC * H * (XB * YB), [NC * H * XB, YB], [YB, 1], [BX, YB])
+    at = (ix * BX + tl.arange(0, BX))[:, None] * YB + tl.arange(0, YB)[None, :]  # in a state
     own = tl.zeros((BX, YB), dtype=tl.float32)
     other = tl.zeros((BX, YB), dtype=tl.float32)
     own_sum = 0.0
@@ -70,7 +70,7 @@ def both_states(x, y, left, right, kept, shifts, states, decays, T, H, RX, RY, N
     rC_next = tl.load(right_ends + c * C)
     for i in tl.range(0, n, num_stages=ST):
         t0 = c * C
-        XT = tl.trans(x_d.load([t0, ix * BX])).to(tl.float32)
+        Xc = x_d.load([t0, ix * BX])
         Yc = y_d.load([t0, 0])
         b = b_d.load([t0])
         r = r_d.load([t0])
@@ -78,7 +78,7 @@ def both_states(x, y, left, right, kept, shifts, states, decays, T, H, RX, RY, N
         rC = rC_next
         bC_next = tl.load(left_ends + (c + STEP) * C, mask=i + 1 < n, other=0.0)
         rC_next = tl.load(right_ends + (c + STEP) * C, mask=i + 1 < n, other=0.0)
-        kept_d.store([(c * H + h) * XB + ix * BX, 0], own.to(kept.dtype.element_ty))
+        tl.store(kept + ((row * NC + c) * H + h) * (XB * YB) + at, own.to(kept.dtype.element_ty))
         tl.store(shifts + index * NC + c, own_sum)
         if ADJOINT:
             near = tl.exp2(r)
@@ -86,12 +86,13 @@ def both_states(x, y, left, right, kept, shifts, states, decays, T, H, RX, RY, N
         else:
             near = tl.exp2(rC - r)
             far = tl.exp2((bC - b) + other_sum)
-        own = tl.dot((XT * near[None, :]).to(Yc.dtype), Yc, own * tl.exp2(rC), input_precision="ieee")
-        other = tl.dot((XT * far[None, :]).to(Yc.dtype), Yc, other, input_precision="ieee")
+        weighed = (Yc.to(tl.float32) * near[:, None]).to(Yc.dtype)
+        own = tl.dot(tl.trans(Xc), weighed, own * tl.exp2(rC), input_precision="ieee")
+        weighed = (Yc.to(tl.float32) * far[:, None]).to(Yc.dtype)
+        other = tl.dot(tl.trans(Xc), weighed, other, input_precision="ieee")
         own_sum += rC
         other_sum += bC
         c += STEP
-    at = (ix * BX + tl.arange(0, BX))[:, None] * YB + tl.arange(0, YB)[None, :]
     place = index * NS + s
     second = (tl.num_programs(0) // (XB // BX)).to(tl.int64)  # rows, heads and segments
     tl.store(states + place * (XB * YB) + at, own)
@@ -177,16 +178,21 @@ def both_forward(q, k, v, left, right, held, shifts, states, o, kept, T, H, R, N
 
 
 @triton.jit(do_not_specialize=["T", "H", "NC", "NS", "CPS"])
-def both_fused(q, k, v, go, left, right, kept, held, shifts, edges, dheld, dshifts, dedges, dstates, dq, dk, dv, dg, T, H, NC,
-               NS, CPS, sqb, sqt, skb, skt, svb, svt, sob, sot, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr,
-               VB: tl.constexpr, C: tl.constexpr, ENTRY: tl.constexpr, ST: tl.constexpr):  # fmt: skip
+def both_fused(q, k, v, go, left, right, kept, held, shifts, edges, dheld, dshifts, dedges, dstates, dq, dk, dv, dg, T,
+               H, NC, NS, CPS, sqb, sqt, skb, skt, svb, svt, sob, sot, K: tl.constexpr, V: tl.constexpr,
+               KB: tl.constexpr, VB: tl.constexpr, C: tl.constexpr, ENTRY: tl.constexpr,
+               ST: tl.constexpr):  # fmt: skip
     """Small heads (K, V <= 64) that share nothing: every gradient in one walk leftwards, with dL on chip.
 
-    L comes from ``kept``, R from ``held``, dR from ``dheld``. With e = q·grad q - k·grad k of a token, l the part of e
-    that belongs to the left reading, and flow the sum of q·grad through a decay, of the left reading at the chunk's left
-    edge and of the right reading at its right edge, where the states give it:
+    L comes from ``kept``; R, dR from ``held``, ``dheld``, with ``edges``, ``dedges`` for what enters the segment.
+    With e = q·grad q - k·grad k of a token, past the part of e that belongs to the left reading, and flow = Σ q·grad q
+    through a decay, known at an edge from the states, <L, dL> or <R, dR>: of the left reading at the chunk's left edge,
+    and of the right reading at its right edge,
 
-        grad g_t = flow - Σ_{i < t} l_i - Σ_{i > t} (e_i - l_i)
+        grad g_t = flow - Σ_{i < t} past_i - Σ_{i > t} (e_i - past_i)
+
+    Registers bound this kernel: a tile that is used element by element sits in them from its load on, so loads come
+    late; such a tile has one buffer, others two; and a vector along columns takes 16 of them, so b, r come three times.
     """
     pid = tl.program_id(0)
     h = pid % H
@@ -232,7 +238,6 @@ def both_fused(q, k, v, go, left, right, kept, held, shifts, edges, dheld, dshif
         rC = rC_next
         bC_next = tl.load(left_ends + (c - 1) * C, mask=i + 1 < n, other=0.0)
         rC_next = tl.load(right_ends + (c - 1) * C, mask=i + 1 < n, other=0.0)
-        # A tile that is also used element by element sits in registers from where it is loaded: loads come late.
         R = s_d.load([(c * H + h) * VB, 0])
         dR = ds_d.load([(c * H + h) * KB, 0])
         L = l_d.load([(c * H + h) * VB, 0])
@@ -257,7 +262,7 @@ def both_fused(q, k, v, go, left, right, kept, held, shifts, edges, dheld, dshif
         X = v_d.load([t0, 0])
         Kt = k_d.load([t0, 0])
         dV = tl.dot(Kt, dLb, input_precision="ieee") * tl.exp2(bC - b)[:, None]
-        l = -tl.sum(dV * X.to(tl.float32), 1)
+        past = -tl.sum(dV * X.to(tl.float32), 1)
         if ENTRY:
             part = tl.dot(Kt, dE, input_precision="ieee") * dshift
             part = tl.dot(Kt, dR, part, input_precision="ieee")
@@ -270,7 +275,6 @@ def both_fused(q, k, v, go, left, right, kept, held, shifts, edges, dheld, dshif
         A = (A * tl.exp2(tl.where(i_ <= j_, b[None, :] - b[:, None], r[None, :] - r[:, None]))).to(dO.dtype)
         dV = tl.dot(A, dO, dV, input_precision="ieee")
         dv_d.store([t0, 0], dV.to(dv.dtype.element_ty))
-        # Again: along columns a vector takes as many registers as a row of the tile has elements to a thread.
         b = b_d.load([t0])
         r = r_d.load([t0])
         P = tl.dot(dO, tl.trans(X), input_precision="ieee")
@@ -278,9 +282,9 @@ def both_fused(q, k, v, go, left, right, kept, held, shifts, edges, dheld, dshif
         Z = tl.dot(Q, tl.trans(Kt), input_precision="ieee") * P.to(tl.float32)
         e += tl.sum(Z, 1) - tl.sum(Z, 0)
         Z = tl.where(i_ > j_, Z, 0.0)
-        l += tl.sum(Z, 1) - tl.sum(Z, 0)
+        past += tl.sum(Z, 1) - tl.sum(Z, 0)
         dQ = tl.dot(dO, L, input_precision="ieee") * tl.exp2(b)[:, None]
-        l += tl.sum(dQ * Q.to(tl.float32), 1)
+        past += tl.sum(dQ * Q.to(tl.float32), 1)
         if ENTRY:
             part = tl.dot(dO, E, input_precision="ieee") * shift
             part = tl.dot(dO, R, part, input_precision="ieee")
@@ -291,8 +295,8 @@ def both_fused(q, k, v, go, left, right, kept, held, shifts, edges, dheld, dshif
         e += across
         dQ = tl.dot(P, Kt, dQ, input_precision="ieee")
         dq_d.store([t0, 0], dQ.to(dq.dtype.element_ty))
-        flow += tl.sum(across - e + l, 0)
-        grad = flow + l + tl.cumsum(e - 2.0 * l, 0)
+        flow += tl.sum(across - e + past, 0)
+        grad = flow + past + tl.cumsum(e - 2.0 * past, 0)
         tl.store(dg + out + (t0 + rows).to(tl.int64) * H, grad, mask=t0 + rows < T)
         b = b_d.load([t0])
         r = r_d.load([t0])
