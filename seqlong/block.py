@@ -101,7 +101,10 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
-_KEPT = {"mm", "addmm", "bmm", "linear", "scalar_decay_chunked"}
+_KEPT = {
+    "mm", "addmm", "bmm", "linear", "scalar_decay_chunked", "scalar_decay_triton", "scalar_decay_windows",
+    "bidirectional_decay_triton",
+}  # fmt: skip
 
 
 def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
