@@ -339,6 +339,7 @@ def test_packed_rows_are_their_segments(device: str) -> None:
     case.fixed["starts"] = starts
     with case.cut(chunk=16, programs_per_sm=4):
         found = case.results()
+    assert not found["grad of log_decay"][starts].any(), "a decay that is not applied has no gradient"
     pieces = [(a, z) for a, z in itertools.pairwise(bounds) if z > a]
     exact = case.in_double().learned
     outputs = []

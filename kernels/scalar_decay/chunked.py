@@ -206,7 +206,10 @@ def scalar_decay_chunked(
 def _(q, k, v, log_decay, starts, initial_state, chunk=0, block=0):  # type: ignore[no-untyped-def]
     (rows, length, groups, width), (heads, value_width) = q.shape, v.shape[2:]
     kept = accumulation(v.dtype)
-    _, block = _sizes(q, chunk, block)
+    if block:
+        _, block = _sizes(q, chunk, block)
+    else:  # without asking for the length's power of two, which would fix a symbolic length
+        block = max(chunk, SIZES.get(q.device.type, SIZES["cuda"])[1])
     blocks = (length + block - 1) // block
     return (
         torch.empty_like(v, memory_format=torch.contiguous_format),

@@ -46,9 +46,12 @@ class Plan:
         return {"num_warps": value // 10, "ST": value % 10}
 
 
-def power(width: int) -> int:
-    """The tile that holds ``width`` columns: a power of two, at least 16 (the least of a matrix product)."""
-    return max(16, 1 << (width - 1).bit_length())
+def power(width: int | torch.SymInt) -> int:
+    """The tile that holds ``width`` columns: a power of two, at least 16 (the least of a matrix product).
+
+    A compiler that traces symbols fixes the width here: kernels are compiled for one.
+    """
+    return max(16, 1 << (int(width) - 1).bit_length())
 
 
 def default(dtype: torch.dtype, k: int, v: int, shared: bool) -> Plan:
@@ -76,7 +79,7 @@ def settled(q: Tensor, v: Tensor, ssd: bool) -> Plan | None:
 
     The first use of a plan in a process is checked, see kernels/tuning.py.
     """
-    shared = q.shape[2] != v.shape[2]
+    shared = int(q.shape[2]) != int(v.shape[2])
     config = tuning.settle(*_asked(v.dtype, power(q.shape[3]), power(v.shape[3]), shared, ssd), v.device)
     return None if config is None else _plan(tuple(config.items()))
 

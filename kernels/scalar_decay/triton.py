@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import use_allocator
@@ -48,7 +47,8 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(q: Tensor, v: Tensor, ssd: bool) -> _Sizes:
-    (rows, length, groups, width), (heads, value_width) = q.shape, v.shape[2:]
+    rows, length = q.shape[:2]  # symbols where a compiler traces them; heads and widths never are
+    groups, width, heads, value_width = map(int, (*q.shape[2:], *v.shape[2:]))
     plan = settled(q, v, ssd)
     if plan is None:  # the public function asks first, and does not come here
         raise RuntimeError("no configuration of scalar_decay's Triton kernels is right on this machine")
@@ -57,7 +57,9 @@ def _sizes(q: Tensor, v: Tensor, ssd: bool) -> _Sizes:
     value_tile = min(plan.value_tile, v_tile)
     if fused(groups, heads, k_tile, v_tile, ssd):
         value_tile = v_tile
-    count, each = segments(q, chunks, rows * heads * (v_tile // value_tile), plan.programs_per_sm)
+    count, each = 1, chunks
+    if isinstance(length, int) and isinstance(rows, int):  # no shape of a result depends on it, nor shall a graph
+        count, each = segments(q, chunks, rows * heads * (v_tile // value_tile), plan.programs_per_sm)
     return _Sizes(
         rows, length, groups, heads, heads // groups, width, value_width, k_tile, v_tile, chunks, count, each,
         value_tile, min(plan.key_slice, k_tile), plan,
@@ -359,7 +361,9 @@ def _backward(ctx, grad_output, grad_final, *_kept):  # type: ignore[no-untyped-
     q, k, v, bias, rate, skip, starts, initial_state, total, late, kept = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(v)
-    gradients = _gradients if untraced(grad_output, grad_final, total) else scalar_decay_triton_backward
+    # With gradients on, a second derivative is wanted: the op says that it has none, the plain function would not.
+    plain = untraced(grad_output, grad_final, total) and not torch.is_grad_enabled()
+    gradients = _gradients if plain else scalar_decay_triton_backward
     dq, dk, dv, dgate, drate, dskip, dinitial = gradients(
         grad_output, grad_final, q, k, v, bias, rate, skip, starts, initial_state, total, late, kept, ctx.reverse
     )
@@ -395,7 +399,6 @@ class _Untraced(torch.autograd.Function):
         return output[:2]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output, grad_final):  # type: ignore[no-untyped-def]
         return _backward(ctx, grad_output, grad_final)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.scalar_decay.plan import NOTHING, power
@@ -23,9 +22,9 @@ SHORTEST = 4096
 CHUNK = 64
 
 
-def window(heads: int, width: int, value_width: int, itemsize: int) -> int:
+def window(heads: int | torch.SymInt, width: int | torch.SymInt, value_width: int | torch.SymInt, itemsize: int) -> int:
     """Tokens of a window: a multiple of any chunk."""
-    state = heads * power(width) * power(value_width) * itemsize
+    state = int(heads) * power(width) * power(value_width) * itemsize
     return max(SHORTEST, BUDGET // state * CHUNK // SHORTEST * SHORTEST)
 
 
@@ -176,7 +175,8 @@ def _backward(ctx, grad_output, grad_final, *_entries):  # type: ignore[no-untyp
     q, k, v, gate, bias, rate, skip, starts, entries = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(v)
-    gradients = _gradients_windows if untraced(grad_output, grad_final, entries) else scalar_decay_windows_backward
+    plain = untraced(grad_output, grad_final, entries) and not torch.is_grad_enabled()  # see triton._backward
+    gradients = _gradients_windows if plain else scalar_decay_windows_backward
     dq, dk, dv, dgate, drate, dskip, dinitial = gradients(
         grad_output, grad_final, q, k, v, gate, bias, rate, skip, starts, entries, ctx.reverse
     )
@@ -207,6 +207,5 @@ class Windows(torch.autograd.Function):
         return output[:2]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output, grad_final):  # type: ignore[no-untyped-def]
         return _backward(ctx, grad_output, grad_final)
