@@ -29,6 +29,7 @@ sys.path.insert(0, str(FOLDER))
 
 import torch  # noqa: E402
 from _contenders import CONTENDERS, FAMILIES, lift_guard, missing  # noqa: E402
+from _draw_kernels import draw  # noqa: E402
 from _measure import ceilings, measure  # noqa: E402
 
 # This script is called kernels.py; transformers would take it for PyPI's package of that name.
@@ -253,7 +254,7 @@ def command() -> None:
                 if given.log:
                     with given.log.open("a") as file:
                         file.write(json.dumps(found) + "\n")
-    main("kernels", rows(results, speeds))
+    main("kernels", rows(results, speeds), draw)
 
 
 if __name__ == "__main__":
