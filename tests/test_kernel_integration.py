@@ -284,9 +284,9 @@ def block_of() -> Block:
 def train(block: Block) -> list[float]:
     torch.manual_seed(2)
     optimizer, losses = torch.optim.SGD(block.parameters(), lr=0.1), []
-    for _ in range(3):
-        hidden = torch.randn(2, 24, 32, device=DEVICE)
-        output, _ = block(hidden, SequenceLayout.build(2, 24, device=DEVICE))
+    for _ in range(2):
+        hidden = torch.randn(1, 12, 32, device=DEVICE)
+        output, _ = block(hidden, SequenceLayout.build(1, 12, device=DEVICE))
         loss = (output - hidden.roll(1, 1)).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -306,7 +306,7 @@ def test_a_sharded_block_trains_as_a_whole_one(implementation: str, monkeypatch:
     fully_shard(block.mixer, mesh=mesh)
     fully_shard(block, mesh=mesh)
     assert train(block) == pytest.approx(whole, rel=1e-6)
-    assert whole[2] != whole[0]
+    assert whole[1] != whole[0]
 
 
 # -- Derivatives of what has no gradcheck elsewhere --------------------------------------------------------------------
@@ -397,7 +397,7 @@ def in_its_own_process(call: str) -> str:
 
 def test_scans_compile_for_every_length() -> None:
     kinds = ["chunked"] + ["triton"] * (runtime.triton_runs_on(DEVICE) is None)
-    said = in_its_own_process(f"['scalar_decay', 'ssd'], {kinds}, [70, 150, 40, 333], 'aot_eager'")
+    said = in_its_own_process(f"['scalar_decay', 'ssd'], {kinds}, [70, 40, 130], 'aot_eager'")
     assert said.count("compiled ") == 5 * len(kinds)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,19 +12,14 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from seqlong.kernels import runtime, tuning
-from seqlong.kernels.scalar_decay import plan, scalar_decay, ssd, windows
+from decay_cases import CUT, EXACT, OPS, Case, agree, bfloat16_or_float32, make, same
+
+from seqlong.kernels import runtime
+from seqlong.kernels.scalar_decay import scalar_decay, windows
 from seqlong.layout import SequenceLayout
 
 # The interpreter computes what a mask then throws away: powers of the future, infinity times zero.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-OPS = {"scalar_decay": scalar_decay, "ssd": ssd}
-#: Largest relative error (root mean square) of a result. In float32 a gate in a chunk with many starts has 1e-4 of its
-#: own: a start is a decay of 2^-160, and the running sum of many has few digits left.
-EXACT = {torch.float32: 3e-4, torch.bfloat16: 1.5e-2}
-#: The same between two ways to cut a row.
-CUT = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2}
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -45,110 +38,6 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
-
-
-GATES = {
-    "usual": lambda drawn: -2 * drawn,
-    "slow": lambda drawn: -0.01 * drawn,
-    "none": lambda drawn: 0 * drawn,
-    "strong": lambda drawn: 0 * drawn - 100,
-    "never": lambda drawn: 0 * drawn - 1e4,
-    "mixed": lambda drawn: -1e4 * drawn**8,
-}
-STARTS = {
-    "none": lambda starts: None,
-    "random": lambda starts: starts.copy_(torch.rand(starts.shape) < 0.15),
-    "every": lambda starts: starts.fill_(True),
-    "first": lambda starts: starts.index_fill_(1, torch.tensor([0], device=starts.device), True),
-    "consecutive": lambda starts: starts.index_fill_(
-        1, torch.tensor([t for t in (1, 2, 3, 15, 16, 17, 40, 63, 64) if t < starts.shape[1]], device=starts.device),
-        True,
-    ),
-}  # fmt: skip
-
-
-@dataclass
-class Case:
-    """Inputs of one op: what is learned, and what is not."""
-
-    op: str
-    learned: dict[str, Tensor]
-    fixed: dict[str, Any]
-
-    def run(self, implementation: str, **options: Any) -> tuple[Tensor, Tensor]:
-        return OPS[self.op](**self.learned, **{**self.fixed, **options}, implementation=implementation)
-
-    def results(self, implementation: str = "triton", **options: Any) -> dict[str, Tensor]:
-        """Output, final state, and gradients of a sum of both with fixed weights."""
-        output, final = self.run(implementation, **options)
-        source = torch.Generator().manual_seed(5)
-        weigh = [torch.randn(x.shape, generator=source).bfloat16().to(x.device, x.dtype) for x in (output, final)]
-        grads = torch.autograd.grad([output, final], list(self.learned.values()), weigh)
-        named = zip((f"grad of {name}" for name in self.learned), grads, strict=True)
-        return {"output": output.detach(), "final state": final.detach(), **dict(named)}
-
-    def but(self, **changed: Any) -> Case:
-        """The same with other tensors."""
-        fixed = {name: changed.pop(name, value) for name, value in self.fixed.items()}
-        return Case(self.op, {**self.learned, **{n: x.requires_grad_() for n, x in changed.items()}}, fixed)
-
-    def in_double(self) -> Case:
-        learned = {name: x.detach().double().requires_grad_() for name, x in self.learned.items()}
-        return Case(self.op, learned, self.fixed)
-
-    def cut(self, **settings: int) -> AbstractContextManager[None]:
-        """Run with these settings of the plan; ``programs_per_sm=0`` makes one segment a row."""
-        q, v = (self.learned[name] for name in (("q", "v") if self.op == "scalar_decay" else ("c", "x")))
-        widths = plan.power(q.shape[3]), plan.power(v.shape[3])
-        name = plan._asked(v.dtype, *widths, q.shape[2] != v.shape[2], self.op == "ssd")[1]
-        return tuning.using(self.op, settings, name)
-
-
-def make(op: str, rows: int, length: int, groups: int, heads: int, k: int, v: int, gate: str = "usual",
-         starts: str = "none", dtype: torch.dtype = torch.float32, device: str = "cpu", state: bool = True,
-         **fixed: Any) -> Case:  # fmt: skip
-    """Inputs drawn on the CPU, so that they are the same everywhere."""
-    on = {"device": device, "dtype": dtype}
-    q, key = torch.randn(rows, length, groups, k), torch.randn(rows, length, groups, k) * k**-0.5
-    value, drawn = torch.randn(rows, length, heads, v), GATES[gate](torch.rand(rows, length, heads))
-    if op == "scalar_decay":
-        learned = {"q": q.to(**on), "k": key.to(**on), "v": value.to(**on), "log_decay": drawn.to(device)}
-    else:
-        rate = -1 - 15 * torch.rand(heads)  # as Mamba2 draws them
-        # softplus is the identity where it is large, and e^x where it is small: steps of the size of the gates.
-        step = (drawn / rate).clamp(min=1e-6)
-        raw = torch.where(step > 20, step, step.expm1().log())
-        bias = torch.randn(heads)
-        learned = {"x": value.to(**on), "dt": (raw - bias).to(device), "a": rate.to(device), "b": key.to(**on),
-                   "c": q.to(**on), "d": torch.randn(heads).to(device), "dt_bias": bias.to(device)}  # fmt: skip
-    if state:
-        learned["initial_state"] = torch.randn(rows, heads, k, v).to(device)
-    marks = STARTS[starts](torch.zeros(rows, length, dtype=torch.bool, device=device))
-    return Case(op, {name: x.requires_grad_() for name, x in learned.items()}, {"starts": marks, **fixed})
-
-
-def error(found: Tensor, exact: Tensor) -> float:
-    """Relative to the exact values, or 0.1: gradients of gates are near zero where nothing is remembered."""
-    scale = exact.double().norm().clamp(min=0.1 * exact.numel() ** 0.5)
-    return ((found.double() - exact.double()).norm() / scale).item()
-
-
-def agree(found: dict[str, Tensor], exact: dict[str, Tensor], limit: float) -> None:
-    for name, value in found.items():
-        assert value.shape == exact[name].shape, name
-        assert value.isfinite().all(), f"{name} is not finite"
-        assert error(value, exact[name]) < limit, f"{name}: {error(value, exact[name]):.1e}"
-
-
-def same(found: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """Bit by bit."""
-    for name, value in found.items():
-        assert torch.equal(value, other[name]), name
-
-
-def bfloat16_or_float32(device: str) -> torch.dtype:
-    """On a GPU bfloat16, which models use: kernels in float32 take minutes to compile."""
-    return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 # -- The definition, in the interpreter -------------------------------------------------------------------------------
@@ -400,145 +289,3 @@ def test_it_says_why_it_cannot_run(device: str) -> None:
         scalar_decay(q[:, :0], q[:, :0], q[:, :0], gate[:, :0], implementation="triton")
     output, final = scalar_decay(q[:, :0], q[:, :0], q[:, :0], gate[:, :0])
     assert output.shape == (1, 0, 1, 16) and not final.any()
-
-
-# -- On a GPU: sizes that matter --------------------------------------------------------------------------------------
-
-
-def by_blocks(x: Tensor) -> Tensor:
-    """Norms of blocks of 64 tokens (the last has up to 127) and heads of x (b t h ...); of x without tokens its own."""
-    if x.dim() < 3:
-        return x.double().norm()[None]
-    squares = x.double().square().flatten(3).sum(3) if x.dim() == 4 else x.double().square()
-    block = (torch.arange(x.shape[1], device=x.device) // 64).clamp(max=max(1, x.shape[1] // 64) - 1)
-    sums = squares.new_zeros(x.shape[0], int(block[-1]) + 1, x.shape[2])
-    return sums.index_add_(1, block, squares).sqrt()
-
-
-def no_worse(found: dict[str, Tensor], chunked: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """In every block of 64 tokens and every head, at most twice the error of torch in the same type, and a floor: that
-    of rounding the block itself, and of rounding what a block of this tensor usually holds, 0.1 a number at least."""
-    for name, value in found.items():
-        assert value.isfinite().all(), f"{name} is not finite"
-        # A state (b h k v) is a block a head.
-        norms = (lambda x: x.double().flatten(2).norm(dim=2)) if "state" in name else by_blocks
-        size = norms(exact[name])
-        few = value.dim() == 1  # one number a head, of which plain torch may by chance have the last digit right
-        floor = (1e-2 if few else 2e-3) * (size + size.square().mean().sqrt().clamp(min=0.8))
-        worst = (norms(value - exact[name]) / (2 * norms(chunked[name] - exact[name]) + floor)).max().item()
-        assert worst <= 1, f"{name}: {worst:.2f} of what is allowed"
-
-
-SHAPES = [
-    ("scalar_decay", 2, 1000, 4, 4, 64, 64), ("scalar_decay", 1, 4133, 2, 2, 128, 128),
-    ("scalar_decay", 1, 1000, 1, 4, 64, 64), ("scalar_decay", 1, 333, 2, 4, 100, 60),
-    ("scalar_decay", 2, 257, 2, 2, 16, 24), ("scalar_decay", 1, 257, 1, 2, 24, 192),
-    ("scalar_decay", 1, 333, 2, 2, 256, 256), ("ssd", 2, 1000, 1, 8, 128, 64), ("ssd", 1, 333, 2, 4, 60, 100),
-    ("ssd", 1, 333, 1, 2, 256, 256), ("ssd", 2, 65, 1, 4, 16, 16),
-]  # fmt: skip
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
-def test_gpu_errors_are_those_of_torch_in_the_same_type(shape: tuple[Any, ...]) -> None:
-    """Extreme gates, starts, states; no bit differs when it is done again."""
-    variants: list[dict[str, Any]] = [
-        {"gate": "slow"},
-        {"gate": "usual", "starts": "random"},
-        {"gate": "mixed" if shape[0] == "scalar_decay" else "usual", "starts": "consecutive"},
-        {"gate": "strong", "starts": "first"},
-        {"gate": "none", "state": False},
-    ]
-    if shape[0] == "scalar_decay":
-        variants.append({"gate": "slow", "starts": "random", "reverse": True})
-    for options in variants:
-        case = make(*shape, dtype=torch.bfloat16, device="cuda", **options)
-        found = case.results()
-        no_worse(found, case.results("chunked"), case.in_double().results("chunked"))
-        same(case.results(), found)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("programs", [0, 1, 4, 64])
-def test_gpu_segments_are_nobodys_business(programs: int) -> None:
-    for shape in (SHAPES[0], SHAPES[2], SHAPES[7]):
-        case = make(*shape, gate="slow", starts="random", dtype=torch.bfloat16, device="cuda")
-        with case.cut(programs_per_sm=programs):
-            no_worse(case.results(), case.results("chunked"), case.in_double().results("chunked"))
-
-
-def long(op: str, rows: int, length: int, groups: int, heads: int, k: int, v: int) -> Case:
-    """Inputs drawn on the GPU, whose decays forget a token within a thousand others."""
-    on = {"device": "cuda", "dtype": torch.bfloat16}
-    q, key = (torch.randn(rows, length, groups, k, **on) * scale for scale in (1, k**-0.5))
-    value, drawn = torch.randn(rows, length, heads, v, **on), torch.rand(rows, length, heads, device="cuda")
-    marks = torch.rand(rows, length, device="cuda") < 1e-3
-    if op == "scalar_decay":
-        learned = {"q": q, "k": key, "v": value, "log_decay": -0.05 - 0.1 * drawn}
-    else:
-        rate = -1 - torch.rand(heads, device="cuda")
-        ones = torch.ones(heads, device="cuda")
-        learned = {"x": value, "dt": 0.5 * drawn - 3, "a": rate, "b": key, "c": q, "d": ones, "dt_bias": ones / 8}
-    return Case(op, {name: x.requires_grad_() for name, x in learned.items()}, {"starts": marks})
-
-
-def windows_agree(case: Case, found: dict[str, Tensor], weigh: Tensor, places: list[tuple[int, int]]) -> None:
-    """Around (row, token), the middle of a window that reaches 1,024 tokens to either side, again in float64."""
-    length = weigh.shape[1]
-    for row, at in places:
-        a, z = max(0, at - 1536), min(length, at + 1536)
-        inner = slice(0 if a == 0 else 1024, z - a if z == length else z - a - 1024)
-        results = []
-        for dtype in (torch.float64, torch.bfloat16):
-            learned = {}
-            for name, x in case.learned.items():
-                part = x.detach()[row : row + 1, a:z] if x.dim() > 1 else x.detach()
-                kept = dtype if dtype == torch.float64 or x.dtype == torch.bfloat16 else torch.float32
-                learned[name] = part.to(kept).requires_grad_()
-            starts = case.fixed["starts"][row : row + 1, a:z]
-            output, _ = OPS[case.op](**learned, starts=starts, implementation="chunked")
-            grads = torch.autograd.grad(output, list(learned.values()), weigh[row : row + 1, a:z].to(output.dtype))
-            named = zip((f"grad of {name}" for name in learned), grads, strict=True)
-            results.append({"output": output.detach(), **{n: g for n, g in named if g.dim() > 1}})
-        exact, torchs = ({n: x[:, inner] for n, x in result.items()} for result in results)
-        mine = {n: found[n][row : row + 1, a:z][:, inner] for n in exact if n in found}
-        no_worse(mine, torchs, exact)
-
-
-def check_long(case: Case, places: list[tuple[int, int]], recompute: bool = False) -> None:
-    like = case.learned["v" if case.op == "scalar_decay" else "x"]
-    weigh = torch.randn_like(like)
-    output, _ = case.run("triton", recompute=recompute)
-    grads = torch.autograd.grad(output, list(case.learned.values()), weigh)
-    named = zip((f"grad of {name}" for name in case.learned), grads, strict=True)
-    windows_agree(case, {"output": output.detach(), **dict(named)}, weigh, places)
-
-
-@pytest.fixture
-def plain_memory() -> Iterator[None]:
-    """Filling tens of GiB with NaN is not what is measured here."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.cuda.empty_cache()
-    yield
-    torch.cuda.empty_cache()
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("plain_memory")
-@pytest.mark.parametrize("length", [131072, 1048576])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_gpu_long_rows(length: int, recompute: bool) -> None:
-    places = [(0, at) for at in (0, length // 3 + 17, length // 2, length - 1)]
-    check_long(long("scalar_decay", 1, length, 4, 4, 64, 64), places, recompute)
-    check_long(long("ssd", 1, length, 1, 8, 128, 64), places, recompute)
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-@pytest.mark.usefixtures("plain_memory")
-@pytest.mark.parametrize(("rows", "length"), [(1, (1 << 20) + 77), (3, 349_621)])
-def test_gpu_past_two_to_the_31_elements(rows: int, length: int) -> None:
-    """x and what is kept have more than 2^31 elements; the last tokens lie beyond. About 45 GiB."""
-    case = long("ssd", rows, length, 1, 32, 128, 64)
-    assert case.learned["x"].numel() > 1 << 31
-    check_long(case, [(rows - 1, length - 1), (rows - 1, length - 3000), (0, 0), (rows // 2, length // 2)])
