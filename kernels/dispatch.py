@@ -48,7 +48,7 @@ def choose(op: str, offered: dict[str, str], preferred: str, forced: str | None 
     if wanted and wanted in offered:
         choice = Choice(wanted, f"{VARIABLE}={wanted}")
     elif wanted:
-        choice = Choice(preferred, f"{offered[preferred]}; {VARIABLE}={wanted} is not offered by this op")
+        choice = Choice(preferred, f"{offered[preferred]}; {VARIABLE}={wanted} cannot be used by this op here")
     else:
         choice = Choice(preferred, offered[preferred])
     if torch.compiler.is_compiling():

@@ -14,6 +14,7 @@ from seqlong.kernels import tuning
 from seqlong.kernels.dispatch import Choice, choose
 from seqlong.kernels.precision import accumulation
 from seqlong.kernels.scalar_decay.chunked import scalar_decay_chunked
+from seqlong.kernels.scalar_decay.inputs import check
 from seqlong.kernels.scalar_decay.op import OFFERED, scalar_decay, why_not_triton
 from seqlong.kernels.scalar_decay.plan import Plan, power
 from seqlong.kernels.scalar_decay.plan import settled as settled_once
@@ -115,10 +116,7 @@ def bidirectional_decay(
 
     Source: arXiv 2407.09941 (Hydra), 2502.16249 (LION).
     """
-    if v.shape[2] % q.shape[2]:
-        raise ValueError(
-            f"bidirectional_decay needs heads divisible by groups, found {v.shape[2]} heads, {q.shape[2]} groups"
-        )
+    check("bidirectional_decay", ("q", q), ("k", k), ("v", v), ("log_decay", log_decay), starts=starts)
     choice = _choose(q, v, implementation)
     if log_decay.dim() == 1:
         log_decay = log_decay.expand(v.shape[:3])

@@ -40,7 +40,7 @@ def _chunked(x: Tensor, chunk: int) -> Tensor:
     short = -x.shape[1] % chunk
     if short:
         x = torch.cat([x, x.new_zeros(x.shape[0], short, *x.shape[2:])], dim=1)
-    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
+    return x.reshape(x.shape[0], x.shape[1] // chunk, chunk, *x.shape[2:])
 
 
 def _make_block(
@@ -51,7 +51,9 @@ def _make_block(
     qc, kc = (_chunked(x.to(work), chunk).transpose(2, 3).contiguous() for x in (q, k))
     vc = _chunked(v.to(work), chunk)
     vc = vc.unflatten(3, (groups, -1)).transpose(2, 3).contiguous()
-    gc = _chunked(log_decay.to(kept), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)
+    # A sum that held -1e6 would have no digits left for the tokens after it; e^floor is zero in the type of sums.
+    floor = -111.0 if kept == torch.float32 else -746.0
+    gc = _chunked(log_decay.to(kept).clamp(min=floor), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)
     total = gc.cumsum(dim=-1)
     end = total[..., -1:]
     mask = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()

@@ -11,6 +11,7 @@ from seqlong.kernels.dispatch import Choice, choose
 from seqlong.kernels.precision import accumulation
 from seqlong.kernels.runtime import triton_runs_on
 from seqlong.kernels.scalar_decay.chunked import scalar_decay_chunked
+from seqlong.kernels.scalar_decay.inputs import check
 from seqlong.kernels.scalar_decay.plan import candidates, power, settled
 from seqlong.kernels.scalar_decay.reference import scalar_decay_reference
 
@@ -72,23 +73,24 @@ def scalar_decay(
         k: keys (Mamba2's B).
         v: values (Mamba2's dt·x).
         log_decay: g_t <= 0, natural logarithm, per head, float32 unless all is float64; ``(h)`` if it is constant.
+            Below -110 (float64: -746) it is zero decay: ``-inf`` forgets all that came before, as a start does.
         starts: True where the state starts afresh before the token; in reverse, before it in reading from the right.
         initial_state: the state before the first token read; zero if None.
         reverse: read from right to left.
-        recompute: run a window of tokens at a time, and make its states again in the backward pass: memory beside
-            inputs, outputs and gradients then stays the same however long the row. Only the Triton form keeps more.
+        recompute: in Triton, keep only the state that enters each window of some thousand tokens, and make the states
+            of chunks again in the backward pass, a window at a time. The chunked form always does so, by blocks.
         implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose.
 
     Returns:
         The output in v's type and the state after the last token read, in float32 (float64 if v is).
 
     Raises:
-        ValueError: heads are not a multiple of groups, or the implementation asked for cannot serve the inputs.
+        ValueError: shapes or types do not fit, or the implementation asked for cannot serve the inputs.
 
     Source: arXiv 2405.21060, 2307.08621, 2401.04658.
     """
-    if v.shape[2] % q.shape[2]:
-        raise ValueError(f"scalar_decay needs heads divisible by groups, found {v.shape[2]} heads, {q.shape[2]} groups")
+    check("scalar_decay", ("q", q), ("k", k), ("v", v), ("log_decay", log_decay), starts=starts,
+          initial_state=initial_state)  # fmt: skip
     choice = _choose("scalar_decay", q, v, implementation)
     if log_decay.dim() == 1:
         log_decay = log_decay.expand(v.shape[:3])
@@ -142,8 +144,8 @@ def ssd(
 
     Source: arXiv 2405.21060.
     """
-    if x.shape[2] % b.shape[2]:
-        raise ValueError(f"ssd needs heads divisible by groups, found {x.shape[2]} heads and {b.shape[2]} groups")
+    check("ssd", ("c", c), ("b", b), ("x", x), ("dt", dt), starts=starts, initial_state=initial_state,
+          per_head={"a": a, "d": d, "dt_bias": dt_bias})  # fmt: skip
     choice = _choose("ssd", c, x, implementation)
     if choice.implementation == "triton":
         return _triton(c, b, x, dt, dt_bias, a, d, starts, initial_state, False, recompute)

@@ -1,8 +1,9 @@
 """scalar_decay and ssd in Triton, a window of tokens at a time: what the backward pass needs is little, and made again.
 
 The forward pass keeps the state that enters each window; the backward pass goes through the windows against the reading
-order and makes the states of one window's chunks at a time. So a row of a million tokens needs no more than one of
-ten thousand beside its inputs, outputs and gradients; each window still fills the GPU by its segments.
+order and makes the states of one window's chunks at a time. So beside its inputs, outputs and gradients a row of a
+million tokens needs little more than one of ten thousand: one float32 state a window. Each window still fills the GPU
+by its segments, and short rows go together.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from seqlong.kernels.precision import as_written
 from seqlong.kernels.scalar_decay.plan import NOTHING, power
 from seqlong.kernels.scalar_decay.triton import _forward, _gradients, chunk_states
 
-#: Bytes of chunk states that a window may hold.
+#: Bytes of chunk states that a window may hold, unless SHORTEST needs more; twice that in the backward pass.
 BUDGET = 64 << 20
 #: Tokens that a window has at least, so that its segments fill a GPU.
 SHORTEST = 4096
@@ -29,10 +30,10 @@ def window(heads: int | torch.SymInt, width: int | torch.SymInt, value_width: in
 
 
 class _Piece:
-    """One window of one row."""
+    """One window of one row, or several short rows."""
 
-    def __init__(self, row: int, at: slice) -> None:
-        self.place = (slice(row, row + 1), at)
+    def __init__(self, rows: slice, at: slice) -> None:
+        self.place = (rows, at)
 
     def of(self, x: Tensor) -> Tensor:
         return x[self.place]
@@ -42,10 +43,12 @@ class _Piece:
 
 
 def _pieces(q: Tensor, v: Tensor, reverse: bool) -> list[list[_Piece]]:
-    """For each row its windows, in reading order."""
-    length, size = v.shape[1], window(v.shape[2], q.shape[3], v.shape[3], v.element_size())
+    """For each row, or group of short rows, its windows in reading order."""
+    (count, length), size = v.shape[:2], window(v.shape[2], q.shape[3], v.shape[3], v.element_size())
     cuts = [slice(a, min(a + size, length)) for a in range(0, length, size)]
-    return [[_Piece(row, at) for at in (cuts[::-1] if reverse else cuts)] for row in range(v.shape[0])]
+    together = max(1, size // length)
+    groups = [slice(a, min(a + together, count)) for a in range(0, count, together)]
+    return [[_Piece(rows, at) for at in (cuts[::-1] if reverse else cuts)] for rows in groups]
 
 
 @as_written
@@ -66,20 +69,22 @@ def _forward_windows(
     output = v.new_empty(v.shape)
     shape = (v.shape[2], q.shape[3], v.shape[3])
     final = v.new_empty(v.shape[0], *shape, dtype=torch.float32)
-    entries = v.new_zeros(sum(map(len, pieces)), *shape, dtype=torch.float32)
+    entries = v.new_zeros(v.shape[0] * len(pieces[0]), *shape, dtype=torch.float32)
     place = 0
-    for row, windows in enumerate(pieces):
-        state = None if initial_state is None else initial_state[row : row + 1].float()
+    for windows in pieces:
+        rows = windows[0].place[0]
+        state = None if initial_state is None else initial_state[rows].float()
         for piece in windows:
+            count = rows.stop - rows.start
             if state is not None:
-                entries[place] = state[0]
-            place += 1
+                entries[place : place + count] = state
+            place += count
             _, state, *_ = _forward(
                 piece.of(q), piece.of(k), piece.of(v), piece.of(gate), bias, rate, skip, piece.marks(starts), state,
                 reverse, NOTHING, out=piece.of(output),
             )  # fmt: skip
         assert state is not None
-        final[row] = state[0]
+        final[rows] = state
     return output, final, entries
 
 
@@ -104,11 +109,13 @@ def _gradients_windows(
     dinitial = v.new_empty(v.shape[0], *entries.shape[1:], dtype=torch.float32)
     drate, dskip = (entries.new_zeros(0 if x is None else v.shape[2]) for x in (rate, skip))
     place = entries.shape[0]
-    for row, windows in reversed(list(enumerate(_pieces(q, v, reverse)))):
-        dstate = None if grad_final is None else grad_final[row : row + 1].float()
+    for windows in reversed(_pieces(q, v, reverse)):
+        rows = windows[0].place[0]
+        dstate = None if grad_final is None else grad_final[rows].float()
         for piece in reversed(windows):
-            place -= 1
-            entry, marks = entries[place : place + 1], piece.marks(starts)
+            count = rows.stop - rows.start
+            place -= count
+            entry, marks = entries[place : place + count], piece.marks(starts)
             part = piece.of(q), piece.of(k), piece.of(v)
             kept = chunk_states(*part, piece.of(gate), bias, rate, marks, entry, reverse)
             *_, more_rate, more_skip, dstate = _gradients(
@@ -120,7 +127,7 @@ def _gradients_windows(
             if skip is not None:
                 dskip += more_skip
         assert dstate is not None
-        dinitial[row] = dstate[0]
+        dinitial[rows] = dstate
     return dq, dk, dv, dgate, drate, dskip, dinitial
 
 
