@@ -90,6 +90,8 @@ def command(arguments: Sequence[str]) -> int:
         if op not in probes.PROBES:
             known = ", ".join(probes.PROBES)
             raise SeqlongError(f"there is no op '{op}'{nearest(op, probes.PROBES) or f'; there are: {known}'}")
+    if given.json in probes.PROBES:
+        raise SeqlongError(f"--json takes the path of a file: seqlong doctor {given.json} --json report.json")
     device = _device(given.device)
     chosen = [probe for probe in probes.PROBES.values() if probes.function(probe) is not None or probe.op in given.ops]
     chosen = [probe for probe in chosen if not given.ops or probe.op in given.ops]

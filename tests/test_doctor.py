@@ -263,6 +263,11 @@ def test_advice_where_torch_finds_no_gpu(
     assert said in " ".join(machine.advise(torch.device("cpu"), []))
 
 
+def test_the_path_of_json_is_not_an_op(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json", "ssd"]) == 2
+    assert "--json takes the path of a file: seqlong doctor ssd --json report.json" in capsys.readouterr().err
+
+
 def test_little_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**30))
     facts = machine.environment(torch.device("cpu"))

@@ -105,7 +105,8 @@ def bidirectional_decay(
         v: values.
         log_decay: g_t <= 0, natural logarithm, per head, float32 unless all is float64; ``(h)`` if it is constant.
         starts: True at the first token of each segment; segments see nothing of each other.
-        recompute: keep less for the backward pass, and compute the states of chunks again there.
+        recompute: keep less for the backward pass, and compute the states of chunks again there: for heads up to 64
+            wide that share nothing, all of them at once; else as ``scalar_decay`` does.
         implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose.
 
     Returns:
