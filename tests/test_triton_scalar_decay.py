@@ -116,6 +116,16 @@ def test_recompute_goes_by_windows(
 
 
 @PAIR
+def test_short_rows_share_a_window(op: str, groups: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows of 20 tokens, two to a window of 40: the last window has one."""
+    monkeypatch.setattr(windows, "window", lambda *widths: 40)
+    dtype = bfloat16_or_float32(device)
+    case = make(op, 3, 20, groups, 2, 16, 16, gate="slow", starts="random", dtype=dtype, device=device)
+    with case.cut(chunk=16, programs_per_sm=0):
+        agree(case.results(recompute=True), case.results(), CUT[dtype])
+
+
+@PAIR
 def test_every_cut_gives_the_same(op: str, groups: int, device: str) -> None:
     """Chunks, segments, tiles: how a row is cut is nobody's business."""
     dtype = bfloat16_or_float32(device)
