@@ -357,6 +357,24 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
+def as_inputs(grads, like):  # type: ignore[no-untyped-def]
+    """Gradients of q, k, v, gate, bias, rate, skip, starts and the initial state, in the types of ``like``.
+
+    Args:
+        grads: those of q, k, v, gate, rate, skip and the initial state.
+        like: types of gate, bias, rate, skip and the initial state; None where there was no such input.
+    """
+    dq, dk, dv, dgate, drate, dskip, dinitial = grads
+    bias = None if like[1] is None else dgate.sum((0, 1))
+    rest = zip((dgate, bias, drate, dskip, dinitial), like, strict=True)
+    dgate, bias, drate, dskip, dinitial = (None if dtype is None else x.to(dtype) for x, dtype in rest)
+    return dq, dk, dv, dgate, bias, drate, dskip, None, dinitial
+
+
+def types(*inputs):  # type: ignore[no-untyped-def]
+    return [None if x is None else x.dtype for x in inputs]
+
+
 def _backward(ctx, grad_output, grad_final, *_kept):  # type: ignore[no-untyped-def]
     q, k, v, bias, rate, skip, starts, initial_state, total, late, kept = ctx.saved_tensors
     if grad_output is None:
@@ -364,26 +382,10 @@ def _backward(ctx, grad_output, grad_final, *_kept):  # type: ignore[no-untyped-
     # With gradients on, a second derivative is wanted: the op says that it has none, the plain function would not.
     plain = untraced(grad_output, grad_final, total) and not torch.is_grad_enabled()
     gradients = _gradients if plain else scalar_decay_triton_backward
-    dq, dk, dv, dgate, drate, dskip, dinitial = gradients(
+    grads = gradients(
         grad_output, grad_final, q, k, v, bias, rate, skip, starts, initial_state, total, late, kept, ctx.reverse
     )
-
-    def as_type(grad, like):  # type: ignore[no-untyped-def]
-        return None if like is None else grad.to(like.dtype)
-
-    return (
-        dq,
-        dk,
-        dv,
-        dgate.to(ctx.gate_type),
-        None if bias is None else dgate.sum((0, 1)).to(bias.dtype),
-        as_type(drate, rate),
-        as_type(dskip, skip),
-        None,
-        as_type(dinitial, initial_state),
-        None,
-        None,
-    )
+    return *as_inputs(grads, [ctx.gate_type, *types(bias, rate, skip, initial_state)]), None, None
 
 
 scalar_decay_triton.register_autograd(_backward, setup_context=_setup_context)

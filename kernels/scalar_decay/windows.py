@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.scalar_decay.plan import NOTHING, power
-from seqlong.kernels.scalar_decay.triton import _forward, _gradients, chunk_states
+from seqlong.kernels.scalar_decay.triton import _forward, _gradients, as_inputs, chunk_states, types, untraced
 
 #: Bytes of chunk states that a window may hold, unless SHORTEST needs more; twice that in the backward pass.
 BUDGET = 64 << 20
@@ -177,28 +177,13 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_output, grad_final, *_entries):  # type: ignore[no-untyped-def]
-    from seqlong.kernels.scalar_decay.triton import untraced
-
     q, k, v, gate, bias, rate, skip, starts, entries = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(v)
     plain = untraced(grad_output, grad_final, entries) and not torch.is_grad_enabled()  # see triton._backward
     gradients = _gradients_windows if plain else scalar_decay_windows_backward
-    dq, dk, dv, dgate, drate, dskip, dinitial = gradients(
-        grad_output, grad_final, q, k, v, gate, bias, rate, skip, starts, entries, ctx.reverse
-    )
-    return (
-        dq,
-        dk,
-        dv,
-        dgate.to(gate.dtype),
-        None if bias is None else dgate.sum((0, 1)).to(bias.dtype),
-        None if rate is None else drate.to(rate.dtype),
-        None if skip is None else dskip.to(skip.dtype),
-        None,
-        None if ctx.initial_type is None else dinitial.to(ctx.initial_type),
-        None,
-    )
+    grads = gradients(grad_output, grad_final, q, k, v, gate, bias, rate, skip, starts, entries, ctx.reverse)
+    return *as_inputs(grads, [*types(gate, bias, rate, skip), ctx.initial_type]), None
 
 
 scalar_decay_windows.register_autograd(_backward, setup_context=_setup_context)
