@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -282,7 +283,10 @@ CONTENDERS: dict[str, dict[str, tuple[str, Contender]]] = {
     },
     "mamba-ssm": {
         "mamba2_ssd": ("mamba-ssm mamba_chunk_scan_combined", _now(_mamba_ssd)),
-        "mamba2_mixer": ("mamba-ssm fused mixer (fla's Mamba2 calls it too)", _now(_mamba_mixer)),
+        "mamba2_mixer": (
+            "mamba-ssm fused mixer (fla's Mamba2 calls it too)" + ", our convolution in it" * lend_convolution(),
+            _now(_mamba_mixer),
+        ),
         "decode": ("mamba-ssm selective_state_update, its convolution not counted", _mamba_step),
     },
     **{
@@ -295,8 +299,8 @@ CONTENDERS: dict[str, dict[str, tuple[str, Contender]]] = {
 # -- Peers that are hard to import -------------------------------------------------------------------------------------
 
 
-def missing(group: str, family: str = "") -> str | None:
-    """Why a group cannot run a family here; None if it can."""
+def missing(group: str) -> str | None:
+    """Why a group cannot run here; None if it can."""
     if group in ("seqlong", "once", "chunked"):
         return None
     if not torch.cuda.is_available():
@@ -304,7 +308,7 @@ def missing(group: str, family: str = "") -> str | None:
     if group in _SDPA:
         return None
     needed = {"fla": ["fla"], "mamba-ssm": ["mamba_ssm", "einops"]}[group]
-    for name in needed + ["causal_conv1d"] * (family == "mamba2_mixer"):
+    for name in needed:
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
     return None
@@ -321,6 +325,43 @@ def import_mamba_ssm() -> None:
     package.__path__ = [str(Path(spec.origin).parent)]
     package.__version__ = "2"  # type: ignore[attr-defined]
     sys.modules["mamba_ssm"] = package
+    if lend_convolution():
+        from mamba_ssm.ops.triton import ssd_combined
+
+        ssd_combined.causal_conv1d_fwd_function = _convolution
+        ssd_combined.causal_conv1d_bwd_function = _convolution_backward
+
+
+@cache
+def lend_convolution() -> bool:
+    """Whether mamba-ssm's fused mixer gets our convolution: it calls causal-conv1d, a CUDA extension not always there.
+
+    Ours moves about four fifths of the bytes that the GPU can, so this costs mamba-ssm nothing to speak of.
+    """
+    try:
+        import causal_conv1d.cpp_functions  # noqa: F401
+    except ImportError:
+        return True
+    return False
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor, *_nothing: object) -> Tensor:
+    """causal_conv1d_fwd_function with SiLU, on a view (b d t)."""
+    from seqlong.kernels.short_conv import short_conv
+
+    return short_conv(x.transpose(1, 2), weight, bias)[0].transpose(1, 2)
+
+
+def _convolution_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, _segments: None, _state: None, _after: None, into: Tensor,
+    *_nothing: object,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """causal_conv1d_bwd_function with SiLU: the gradient of x is written into the view given."""
+    dx, dweight, dbias, _ = torch.ops.seqlong.short_conv_triton_backward(
+        grad.transpose(1, 2), x.transpose(1, 2), weight, bias, None, None
+    )
+    into.copy_(dx.transpose(1, 2))
+    return into, dweight, dbias
 
 
 def lift_guard() -> bool:

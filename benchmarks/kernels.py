@@ -239,9 +239,9 @@ def command() -> None:
         todo: list[list[Job]] = [[("ceilings", "ceilings", 1, 1)]]
         able = []
         for group in groups:
-            can = [family for family in families if family in CONTENDERS[group] and missing(group, family) is None]
-            for family in set(families) & set(CONTENDERS[group]) - set(can):
-                print(f"{family} {group}: {missing(group, family)}", flush=True)
+            can = [family for family in families if family in CONTENDERS[group]] if missing(group) is None else []
+            if missing(group) is not None:
+                print(f"{group}: {missing(group)}", flush=True)
             if can:
                 able.append(group)
                 todo.append(jobs(group, can, sizes))

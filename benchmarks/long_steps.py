@@ -29,7 +29,7 @@ sys.path.insert(0, str(FOLDER))
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from _contenders import import_mamba_ssm, missing  # noqa: E402
+from _contenders import import_mamba_ssm, lend_convolution, missing  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 # kernels.py beside this script is not PyPI's package of that name, which transformers looks for.
@@ -247,8 +247,9 @@ def rows(given: argparse.Namespace) -> Iterator[Row]:
             if not peers:
                 yield Row(name, "training", mine["tokens_per_s"], "tokens/s")
             for peer, said in peers.items():
-                absent = missing("mamba-ssm", "mamba2_mixer") or (missing("fla") if peer == "fla" else None)
+                absent = missing("mamba-ssm") or (missing("fla") if peer == "fla" else None)
                 theirs = {"failed": absent} if absent else once(model, peer, length, checkpointing="block")
+                said += ", our convolution in it" * lend_convolution()
                 label = f"{said} ({theirs['failed'][:80]})" if "failed" in theirs else said
                 yield Row(name, "training", mine["tokens_per_s"], "tokens/s", label, theirs.get("tokens_per_s"))
                 if mine["peak_gib"]:
@@ -269,6 +270,8 @@ def longest(model: str, given: argparse.Namespace) -> Iterator[Row]:
     if best:
         yield Row(f"{model}, longest row in a step", "positions", best, "positions")
         yield Row(f"{model}, one row of {best:,}, {given.longest}", "training", found["tokens_per_s"], "tokens/s")
+        if found["peak_gib"]:
+            yield Row(f"{model}, one row of {best:,}, {given.longest}", "peak memory", found["peak_gib"], "GiB")
 
 
 def command() -> None:

@@ -15,26 +15,31 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MIN_CAPABILITY = (8, 0)
 
 
-@lru_cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+#: Found once: a compiler cannot trace the search.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> tuple[int, int]:
+    """Of a GPU; of the current one if None. To a compiler it is a number, not code to trace."""
+    return _capability_of(torch.cuda.current_device() if index is None else index)
 
 
 @lru_cache
-def _capability(index: int) -> tuple[int, int]:
+def _capability_of(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
 def triton_runs_on(device: torch.device | str) -> str | None:
     """None if Triton kernels run on ``device``, else the reason why they do not."""
     device = torch.device(device)
-    if not _installed():
+    if not _INSTALLED:
         return "triton is not installed"
     if INTERPRETED:
         return None
     if device.type != "cuda":
         return f"a {device.type} has no Triton"
-    found = _capability(torch.cuda.current_device() if device.index is None else device.index)
+    found = _capability(device.index)
     if found < MIN_CAPABILITY:
         wanted, has = (".".join(map(str, version)) for version in (MIN_CAPABILITY, found))
         return f"compute capability {has} is below {wanted}"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -36,18 +37,29 @@ def by_blocks(x: Tensor) -> Tensor:
     return sums.index_add_(1, block, squares).sqrt()
 
 
-def no_worse(found: dict[str, Tensor], chunked: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+#: Gradients that are small differences of long sums, Σ (q·dq - k·dk): a block in which they cancel has the rounding of
+#: products and of the state kept in bfloat16 that the sums have. Over the whole tensor they are as exact as the others.
+GATES = ("grad of log_decay", "grad of dt")
+
+
+def no_worse(case: Case) -> dict[str, Tensor]:
     """In every block of 64 tokens and every head, at most twice the error of torch in the same type, and a floor: that
     of rounding the block itself, and of rounding what a block of this tensor usually holds, 0.1 a number at least."""
+    found, chunked, exact = case.results(), case.results("chunked"), case.in_double().results("chunked")
     for name, value in found.items():
         assert value.isfinite().all(), f"{name} is not finite"
         # A state (b h k v) is a block a head.
         norms = (lambda x: x.double().flatten(2).norm(dim=2)) if "state" in name else by_blocks
         size = norms(exact[name])
         few = value.dim() == 1  # one number a head, of which plain torch may by chance have the last digit right
-        floor = (1e-2 if few else 2e-3) * (size + size.square().mean().sqrt().clamp(min=0.8))
+        usual = size.square().mean().sqrt().clamp(min=0.8)
+        if name == "grad of a":  # Σ step · grad of decay, which is itself only known to such a floor
+            steps = softplus(case.learned["dt"].detach().float() + case.learned["dt_bias"].detach())
+            usual = torch.maximum(usual, 0.1 * steps.double().norm())
+        floor = (1e-2 if few else 6e-3 if name in GATES else 2e-3) * (size + usual)
         worst = (norms(value - exact[name]) / (2 * norms(chunked[name] - exact[name]) + floor)).max().item()
         assert worst <= 1, f"{name}: {worst:.2f} of what is allowed"
+    return found
 
 
 SHAPES = [
@@ -73,8 +85,7 @@ def test_gpu_errors_are_those_of_torch_in_the_same_type(shape: tuple[Any, ...]) 
         variants.append({"gate": "slow", "starts": "random", "reverse": True})
     for options in variants:
         case = make(*shape, dtype=torch.bfloat16, device="cuda", **options)
-        found = case.results()
-        no_worse(found, case.results("chunked"), case.in_double().results("chunked"))
+        found = no_worse(case)
         same(case.results(), found)
 
 
@@ -83,7 +94,7 @@ def test_gpu_segments_are_nobodys_business(programs: int) -> None:
     for shape in (SHAPES[0], SHAPES[2], SHAPES[7]):
         case = make(*shape, gate="slow", starts="random", dtype=torch.bfloat16, device="cuda")
         with case.cut(programs_per_sm=programs):
-            no_worse(case.results(), case.results("chunked"), case.in_double().results("chunked"))
+            no_worse(case)
 
 
 def long(op: str, rows: int, length: int, groups: int, heads: int, k: int, v: int) -> Case:

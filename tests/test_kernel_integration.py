@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from seqlong.layout import SequenceLayout
 from seqlong.mixers import Mamba2
 from seqlong.norms import RMSNorm
 
-needs_triton = pytest.mark.skipif(not runtime._installed(), reason="triton is not installed")
+needs_triton = pytest.mark.skipif(not runtime._INSTALLED, reason="triton is not installed")
 #: Ops with a Triton form, and widths that an interpreter runs in a blink.
 SIZES: dict[str, dict[str, int]] = {
     "scalar_decay": {"g": 1, "h": 2, "k": 16, "v": 16},
@@ -382,7 +383,9 @@ def compile_one(op: str, case: str, implementation: str, lengths: list[int], bac
             grads = torch.autograd.grad(outputs, list(given.learned.values()), [torch.ones_like(x) for x in outputs])
             results.append([*outputs, *grads])
         for found, expected in zip(*reversed(results), strict=True):
-            torch.testing.assert_close(found, expected)
+            # A compiler rounds elsewhere: what is near zero among large numbers has their digits.
+            large = 1e-2 * expected.abs().max().item() if found.dtype == torch.bfloat16 else None
+            torch.testing.assert_close(found, expected, atol=large, rtol=None if large is None else 0.016)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs <= 2, f"{op}, {case}, {implementation}: {graphs} graphs for {len(lengths)} lengths"
 
@@ -423,8 +426,10 @@ def test_cuda_graphs_replay_what_is_eager(op: str, case: str) -> None:
     weigh = [torch.randn(x.shape, generator=source).bfloat16().to(x.device, x.dtype) for x in outputs.values()]
 
     def both() -> dict[str, Tensor]:
-        found = probes.call(PROBES[op], given, "triton")
-        grads = torch.autograd.grad(list(found.values()), list(given.learned.values()), weigh, materialize_grads=True)
+        # Leaves of this stream: autograd would make a capture wait for the stream that first used the others.
+        leaves = {name: x.detach().requires_grad_() for name, x in given.learned.items()}
+        found = probes.call(PROBES[op], replace(given, learned=leaves), "triton")
+        grads = torch.autograd.grad(list(found.values()), list(leaves.values()), weigh, materialize_grads=True)
         return {**found, **{f"d{name}": grad for name, grad in zip(given.learned, grads, strict=True)}}
 
     with torch.cuda.stream(stream):

@@ -16,8 +16,7 @@ from seqlong.kernels.precision import accumulation
 from seqlong.kernels.scalar_decay.chunked import scalar_decay_chunked
 from seqlong.kernels.scalar_decay.inputs import check
 from seqlong.kernels.scalar_decay.op import OFFERED, scalar_decay, why_not_triton
-from seqlong.kernels.scalar_decay.plan import Plan, power
-from seqlong.kernels.scalar_decay.plan import settled as settled_once
+from seqlong.kernels.scalar_decay.plan import Plan, power, works
 from seqlong.kernels.scalar_decay.reference import bidirectional_decay_reference, last_tokens
 
 #: Widest heads for which one walk holds both readings; wider ones, and heads that share q and k, are read twice.
@@ -62,6 +61,12 @@ def settled(q: Tensor, v: Tensor) -> Plan | None:
     return None if config is None else _plan(tuple(config.items()))
 
 
+@torch.compiler.assume_constant_result
+def _works(dtype: torch.dtype, k: int, v: int, device: torch.device) -> bool:
+    """Whether there is such a plan, as a compiler asks while it traces."""
+    return tuning.settle("bidirectional_decay", tuning.key(dtype, k=k, v=v), _settings(dtype), device) is not None
+
+
 @lru_cache
 def _settings(dtype: torch.dtype) -> tuning.Config:
     return dict(asdict(default(dtype)))
@@ -74,7 +79,8 @@ def _plan(settings: tuple[tuple[str, int], ...]) -> Plan:
 
 def _choose(q: Tensor, v: Tensor, implementation: str | None) -> Choice:
     reason = why_not_triton(q, v)
-    if reason is None and v.is_cuda and (settled(q, v) if at_once(q, v) else settled_once(q, v, False)) is None:
+    widths = power(q.shape[3]), power(v.shape[3])
+    if reason is None and not (_works(v.dtype, *widths, v.device) if at_once(q, v) else works(q, v, False)):
         reason = "no configuration of the Triton kernels passed its check on this GPU"
     if reason is None:
         best = v.is_cuda and v.dtype != torch.float32

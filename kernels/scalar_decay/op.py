@@ -12,7 +12,7 @@ from seqlong.kernels.precision import accumulation
 from seqlong.kernels.runtime import triton_runs_on
 from seqlong.kernels.scalar_decay.chunked import scalar_decay_chunked
 from seqlong.kernels.scalar_decay.inputs import check
-from seqlong.kernels.scalar_decay.plan import candidates, power, settled
+from seqlong.kernels.scalar_decay.plan import candidates, power, works
 from seqlong.kernels.scalar_decay.reference import scalar_decay_reference
 
 OFFERED = {
@@ -42,7 +42,7 @@ def why_not_triton(q: Tensor, v: Tensor) -> str | None:
 
 def _choose(op: str, q: Tensor, v: Tensor, implementation: str | None) -> Choice:
     reason = why_not_triton(q, v)
-    if reason is None and v.is_cuda and settled(q, v, op == "ssd") is None:
+    if reason is None and not works(q, v, op == "ssd"):
         reason = "no configuration of the Triton kernels passed its check on this GPU"
     if reason is None:
         # Tensor cores have no float32: plain torch, with tf32 or without as its user set it, is as good there.

@@ -84,6 +84,17 @@ def settled(q: Tensor, v: Tensor, ssd: bool) -> Plan | None:
     return None if config is None else _plan(tuple(config.items()))
 
 
+def works(q: Tensor, v: Tensor, ssd: bool) -> bool:
+    """Whether there is a plan; this, unlike the plan itself, a compiler can ask while it traces."""
+    widths = power(q.shape[3]), power(v.shape[3])
+    return _works(v.dtype, *widths, int(q.shape[2]) != int(v.shape[2]), ssd, v.device)
+
+
+@torch.compiler.assume_constant_result
+def _works(dtype: torch.dtype, k: int, v: int, shared: bool, ssd: bool, device: torch.device) -> bool:
+    return tuning.settle(*_asked(dtype, k, v, shared, ssd), device) is not None
+
+
 @lru_cache
 def _asked(dtype: torch.dtype, k: int, v: int, shared: bool, ssd: bool) -> tuple[str, str, tuning.Config]:
     """Op, key and default settings."""
@@ -96,6 +107,10 @@ def _plan(settings: tuple[tuple[str, int], ...]) -> Plan:
     return Plan(**dict(settings))
 
 
+#: Chunks of a row that are walked sooner than two more kernels are launched, if walks keep a quarter of the GPU busy.
+SHORT = 32
+
+
 @lru_cache
 def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
@@ -104,6 +119,8 @@ def _processors(index: int) -> int:
 def segments(like: Tensor, chunks: int, walks: int, programs_per_sm: int) -> tuple[int, int]:
     """How many segments a row is cut into, and chunks in each, for ``walks`` independent walks (rows, heads, tiles)."""
     processors = 2 if INTERPRETED or not like.is_cuda else _processors(like.device.index)
+    if like.is_cuda and chunks <= SHORT and 4 * walks >= processors:
+        return 1, chunks
     wanted = max(1, min(chunks, programs_per_sm * processors // walks))  # a program more would be one wave more
     each = -(-chunks // wanted)
     return -(-chunks // each), each
