@@ -1,0 +1,163 @@
+"""dplr: the delta rule with a transition of one's own, a diagonal plus a product of two vectors (RWKV-7)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from seqlong.kernels.delta_rule.dplr_chunked import dplr_chunked
+from seqlong.kernels.delta_rule.dplr_reference import dplr_reference
+from seqlong.kernels.dispatch import choose
+from seqlong.kernels.precision import accumulation, as_written
+
+OFFERED = {
+    "chunked": "matrix products over chunks in torch, any device",
+    "reference": "float64 loop over tokens",
+}
+
+
+def check(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor,
+    state: tuple[str, Tensor | None],
+    marks: dict[str, Tensor | None],
+) -> None:
+    """Raise a ValueError that names the argument, what was found and what was expected."""
+    for name, x in (("q", q), ("v", v)):
+        if x.dim() != 4 or not x.is_floating_point():
+            raise ValueError(f"{op} needs {name} with four axes and a floating type, found {_said(x)}")
+    rows, length, heads, width = q.shape
+    shapes: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+        ("k", k, tuple(q.shape)),
+        ("v", v, (rows, length, heads, v.shape[3])),
+        ("a", a, tuple(q.shape)),
+        ("b", b, tuple(q.shape)),
+        ("log_decay", log_decay, tuple(q.shape)),
+        (*state, (rows, heads, width, v.shape[3])),
+        *((name, x, (rows, length)) for name, x in marks.items()),
+    ]
+    for name, found, shape in shapes:
+        if found is not None and tuple(found.shape) != shape:
+            raise ValueError(f"{op} needs {name} of shape {shape}, found {_said(found)}")
+    for name, found in marks.items():
+        if found is not None and found.dtype != torch.bool:
+            raise ValueError(f"{op} needs {name} of type bool, found {found.dtype}")
+
+
+def _said(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+
+def dplr(
+    q: Float[Tensor, "b t h k"],
+    k: Float[Tensor, "b t h k"],
+    v: Float[Tensor, "b t h v"],
+    a: Float[Tensor, "b t h k"],
+    b: Float[Tensor, "b t h k"],
+    log_decay: Float[Tensor, "b t h k"],
+    *,
+    starts: Bool[Tensor, "b t"] | None = None,
+    initial_state: Float[Tensor, "b h k v"] | None = None,
+    reverse: bool = False,
+    implementation: str | None = None,
+) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h k v"]]:
+    """Diagonal plus low rank: ``S_t = (diag(e^{g_t}) + b_tᵀ a_t) S_{t-1} + k_tᵀ v_t``, ``o_t = q_t S_t``.
+
+    RWKV-7 is ``a = -κ``, ``b = κ ⊙ α`` with κ of length one and ``g = -0.6065 σ(w)``; its r is q. The gated delta rule
+    with a gate a channel is ``a = -k ⊙ e^g``, ``b = β k`` and keys ``β k``. What a reads is the state before the decay.
+    Any a and b are computed as they are, but a transition that stretches the state stretches errors with it.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        a: what is read from the state.
+        b: where that is written.
+        log_decay: g_t <= 0, natural logarithm, a channel; ``-inf`` forgets the channel exactly.
+        starts: True where the state starts afresh before the token; in reverse, before it in reading from the right.
+        initial_state: the state before the first token read; zero if None.
+        reverse: read from right to left.
+        implementation: ``chunked`` or ``reference``; None lets dispatch choose.
+
+    Returns:
+        The output in v's type and the state after the last token read, in float32 (float64 if v is).
+
+    Raises:
+        ValueError: shapes or types do not fit, or there is no such implementation.
+
+    Source: arXiv 2503.14456.
+    """
+    check("dplr", q, k, v, a, b, log_decay, ("initial_state", initial_state), {"starts": starts})
+    choice = choose("dplr", OFFERED, "chunked", implementation)
+    if choice.implementation == "reference":
+        return dplr_reference(q, k, v, a, b, log_decay, starts, initial_state, reverse)
+    if reverse:
+        q, k, v, a, b, log_decay = (x.flip(1) for x in (q, k, v, a, b, log_decay))
+        starts = None if starts is None else starts.flip(1)
+    output, final, _ = dplr_chunked(q, k, v, a, b, log_decay, starts, initial_state)
+    return output.flip(1) if reverse else output, final
+
+
+def dplr_step(
+    q: Float[Tensor, "b n h k"],
+    k: Float[Tensor, "b n h k"],
+    v: Float[Tensor, "b n h v"],
+    a: Float[Tensor, "b n h k"],
+    b: Float[Tensor, "b n h k"],
+    log_decay: Float[Tensor, "b n h k"],
+    state: Float[Tensor, "b h k v"],
+    *,
+    starts: Bool[Tensor, "b n"] | None = None,
+    padding: Bool[Tensor, "b n"] | None = None,
+) -> tuple[Float[Tensor, "b n h v"], Float[Tensor, "b h k v"]]:
+    """The next n tokens of ``dplr``: one in decoding, some in streaming or speculation.
+
+    The state given is not changed.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        a: what is read from the state.
+        b: where that is written.
+        log_decay: as in ``dplr``.
+        state: the state before.
+        starts: True where the state starts afresh before the token.
+        padding: True where there is no token: the state stays, whatever stands there, and the output means nothing.
+
+    Returns:
+        The output in v's type and the state after, in float32 (float64 if v is).
+
+    Raises:
+        ValueError: shapes or types do not fit.
+
+    Source: arXiv 2503.14456.
+    """
+    check("dplr_step", q, k, v, a, b, log_decay, ("state", state), {"starts": starts, "padding": padding})
+    if padding is not None:
+        k, v, a, b, log_decay = (x.masked_fill(padding[:, :, None, None], 0) for x in (k, v, a, b, log_decay))
+        starts = None if starts is None else starts & ~padding
+    if q.shape[1] != 1:
+        output, final, _ = dplr_chunked(q, k, v, a, b, log_decay, starts, state)
+        return output, final
+    return _one(q, k, v, a, b, log_decay, state, starts)
+
+
+@as_written
+def _one(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    kept = accumulation(v.dtype)
+    qs, ks, vs, as_, bs, gs = (x[:, 0].to(kept) for x in (q, k, v, a, b, log_decay))
+    before = state.to(kept)
+    if starts is not None:
+        before = before.masked_fill(starts[:, 0, None, None, None], 0)
+    read = as_[:, :, None] @ before
+    after = gs.exp()[..., None] * before + torch.stack([bs, ks], dim=-1) @ torch.cat([read, vs[:, :, None]], dim=2)
+    return (qs[:, :, None] @ after).transpose(1, 2).to(v.dtype), after
