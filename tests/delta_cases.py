@@ -108,7 +108,7 @@ def agree(found: dict[str, Tensor], exact: dict[str, Tensor], limit: float) -> N
 
 def compile_for_lengths() -> None:
     """Compile the op with its gradient as one graph of any length, compare, and say so."""
-    case = make(1, 40, 1, 2, 4, 3, kind="channel", raw=True, starts="random", dtype=torch.float32)
+    case = make(2, 40, 1, 2, 4, 3, kind="channel", raw=True, starts="random", dtype=torch.float32)
     graphs = 0
 
     def count(graph: Any, inputs: Any) -> Any:
@@ -118,8 +118,8 @@ def compile_for_lengths() -> None:
 
     def at(length: int) -> dict[str, Any]:
         by_token = ("q", "k", "v", "beta", "gate")
-        learned = {name: x[:, :length] if name in by_token else x for name, x in case.learned.items()}
-        return {**learned, **case.fixed, "starts": case.fixed["starts"][:, :length]}
+        learned = {name: x[:, :length].contiguous() if name in by_token else x for name, x in case.learned.items()}
+        return {**learned, **case.fixed, "starts": case.fixed["starts"][:, :length].contiguous()}
 
     compiled = torch.compile(delta_rule, backend="aot_eager", fullgraph=True, dynamic=True)
     counted = torch.compile(delta_rule, backend=count, fullgraph=True, dynamic=True)
