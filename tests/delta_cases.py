@@ -118,8 +118,8 @@ def compile_for_lengths() -> None:
 
     def at(length: int) -> dict[str, Any]:
         by_token = ("q", "k", "v", "beta", "gate")
-        learned = {name: x[:, :length].contiguous() if name in by_token else x for name, x in case.learned.items()}
-        return {**learned, **case.fixed, "starts": case.fixed["starts"][:, :length].contiguous()}
+        learned = {name: x[:, :length].clone() if name in by_token else x for name, x in case.learned.items()}
+        return {**learned, **case.fixed, "starts": case.fixed["starts"][:, :length].clone()}
 
     compiled = torch.compile(delta_rule, backend="aot_eager", fullgraph=True, dynamic=True)
     counted = torch.compile(delta_rule, backend=count, fullgraph=True, dynamic=True)
