@@ -1,0 +1,4 @@
+from seqlong.kernels.vector_decay.op import vector_decay
+from seqlong.kernels.vector_decay.step import vector_decay_step
+
+__all__ = ["vector_decay", "vector_decay_step"]
