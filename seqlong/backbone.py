@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -79,7 +79,9 @@ class BackboneOutput:
     Attributes:
         hidden: ``(b t d)`` after the last norm.
         state: to be passed with the next window; None if no state was passed with this one.
-        aux: further losses and figures that the blocks report, by name.
+        aux: further losses and figures that the blocks report, by name. ``router_loss_sum`` is a sum over positions
+            that are not padding; ``experts/<block>/<what>`` are, in training, a block's ``load``, ``positions`` and
+            ``entropy`` (see ``seqlong.ffn.MoE``), blocks counted from 1.
     """
 
     hidden: Float[Tensor, "b t d"]
@@ -116,6 +118,12 @@ class Backbone(nn.Module):
             except ValueError as error:
                 raise ConfigError(f"backbone.ffn: {error}") from error
             blocks.append(Block(config.d_model, mixer, ffn, norm))
+        if all(block.mixer.causal for block in blocks) and not all(block.feeds_each_alone for block in blocks):
+            raise ConfigError(
+                "backbone.ffn: choice 'expert' lets experts compare a position with later ones, but every mixer of "
+                f"pattern '{config.pattern}' is causal; set backbone.ffn.init_args.choice=token, or use bidirectional "
+                "mixers"
+            )
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(config.d_model)
         self._initialise()
@@ -152,15 +160,22 @@ class Backbone(nn.Module):
             device=batch.tokens.device,
         )
         hidden = self.embedding(batch.tokens)
-        after = []
+        after: list[Any] = []
+        aux: dict[str, Tensor] = {}
         for number, block in enumerate(self._blocks()):
             before = None if state is None else state.blocks[number]
-            hidden, left = run_block(block, hidden, layout, before, self.checkpointing, self.tile)
+            said: dict[str, Tensor] = {}
+            hidden, left = run_block(block, hidden, layout, before, self.checkpointing, self.tile, said)
             after.append(left)
+            for name, value in said.items():
+                if name.endswith("_sum"):
+                    aux[name] = aux[name] + value if name in aux else value
+                else:
+                    aux[f"experts/{number + 1}/{name}"] = value
         hidden = self.norm(hidden)
         if state is None:
-            return BackboneOutput(hidden)
-        return BackboneOutput(hidden, BackboneState(after, _advance(state.position, layout)))
+            return BackboneOutput(hidden, aux=aux)
+        return BackboneOutput(hidden, BackboneState(after, _advance(state.position, layout)), aux)
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> BackboneState:
         """The state before the first token of ``rows`` rows."""

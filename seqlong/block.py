@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from seqlong.ffn.experts import ExpertLinear
+from seqlong.ffn.moe import Aux, MoE
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.base import Mixer
 
@@ -26,32 +28,56 @@ class Block(nn.Module):
         self.mixer = mixer
         self.ffn_norm = None if ffn is None else norm(d_model)
         self.ffn = ffn
+        self.routed = isinstance(ffn, MoE)
 
     def forward(
-        self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: Any = None
+        self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: Any = None, aux: Aux | None = None
     ) -> tuple[Float[Tensor, "b t d"], Any]:
+        """Run the block.
+
+        Args:
+            hidden: the residual stream.
+            layout: where segments begin and end.
+            state: from the window before; None keeps none.
+            aux: is given what the feed-forward has to say of losses and loads, if that is more than its result.
+        """
         hidden, state = self.mix(hidden, layout, state)
-        return self.feed(hidden), state
+        return self.feed(hidden, layout, aux), state
 
     def mix(self, hidden: Tensor, layout: SequenceLayout, state: Any = None) -> tuple[Tensor, Any]:
         """The first half: along the sequence."""
         mixed, state = self.mixer(self.mixer_norm(hidden), layout, state)
         return hidden + mixed, state
 
-    def feed(self, hidden: Tensor) -> Tensor:
-        """The second half: along the width, each position by itself."""
+    def feed(self, hidden: Tensor, layout: SequenceLayout, aux: Aux | None = None) -> Tensor:
+        """The second half: along the width, each position by itself (unless its experts choose among positions)."""
         if self.ffn is None or self.ffn_norm is None:
             return hidden
-        return hidden + self.ffn(self.ffn_norm(hidden))
+        if not self.routed:
+            return hidden + self.ffn(self.ffn_norm(hidden))
+        fed, said = self.ffn(self.ffn_norm(hidden), layout)
+        if aux is not None:
+            aux.update(said)
+        return hidden + fed
 
-    def residual_projections(self) -> list[nn.Linear]:
+    @property
+    def causal(self) -> bool:
+        """Whether no position depends on a later one."""
+        return self.mixer.causal and self.feeds_each_alone
+
+    @property
+    def feeds_each_alone(self) -> bool:
+        """Whether the second half may be run position by position."""
+        return bool(getattr(self.ffn, "causal", True))
+
+    def residual_projections(self) -> list[nn.Linear | ExpertLinear]:
         """The linear layers that write to the residual stream."""
         parts = [self.mixer] if self.ffn is None else [self.mixer, self.ffn]
         found = []
         for part in parts:
             for inner in part.modules():
                 found += [inner.get_submodule(name) for name in getattr(inner, "residual_projections", ())]
-        return [layer for layer in found if isinstance(layer, nn.Linear)]
+        return [layer for layer in found if isinstance(layer, nn.Linear | ExpertLinear)]
 
 
 def run_block(
@@ -61,6 +87,7 @@ def run_block(
     state: Any = None,
     checkpointing: Checkpointing = "none",
     tile: int = 16384,
+    aux: Aux | None = None,
 ) -> tuple[Float[Tensor, "b t d"], Any]:
     """Run ``block``, keeping for the backward pass what ``checkpointing`` says.
 
@@ -69,32 +96,62 @@ def run_block(
     - ``block``: the input of the block only.
     - ``tiled``: the input of the block only, and never more than ``tile`` positions of its inside at once: the row is
       run in tiles, with the state carried from one to the next. Exact, because a row split anywhere is the row. A
-      mixer whose state grows (full attention) is run whole, and only the feed-forward half in tiles.
+      mixer whose state grows (full attention) is run whole, and only the feed-forward half in tiles; a feed-forward
+      whose experts choose among positions is run whole too.
+
+    ``aux`` is given what the feed-forward says beside its result; these are sums, and those of tiles are added up.
     """
     if checkpointing == "none" or (checkpointing != "tiled" and not torch.is_grad_enabled()):
-        return block(hidden, layout, state)
+        return block(hidden, layout, state, aux)
     save: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if not torch.is_grad_enabled():
         save = _call
-    if checkpointing == "selective":
-        contexts = partial(create_selective_checkpoint_contexts, _keep_products)
-        return save(block, hidden, layout, state, context_fn=contexts)
-    if checkpointing == "block":
-        return save(block, hidden, layout, state)
+    if checkpointing in ("selective", "block"):
+        if checkpointing == "selective":
+            save = partial(save, context_fn=partial(create_selective_checkpoint_contexts, _keep_products))
+        hidden, state, said = save(_whole, block, hidden, layout, state)
+        _add(aux, said)
+        return hidden, state
     # Cut by split, whose backward joins the gradients once; that of a slice is as long as the whole row, each time.
-    if not (block.mixer.causal and block.mixer.bounded_state):
+    parts, outputs, start = hidden.split(tile, dim=1), [], 0
+    if not (block.mixer.causal and block.mixer.bounded_state and block.feeds_each_alone):
         hidden, state = save(block.mix, hidden, layout, state)
-        return torch.cat([save(block.feed, part) for part in hidden.split(tile, dim=1)], dim=1), state
+        parts = hidden.split(tile, dim=1) if block.feeds_each_alone else (hidden,)
+        for part in parts:
+            stop = start + part.shape[1]
+            output, said = save(_fed, block, part, layout.slice(start, stop) if len(parts) > 1 else layout)
+            _add(aux, said)
+            outputs.append(output)
+            start = stop
+        return torch.cat(outputs, dim=1), state
     carried = state
     if carried is None:
         carried = block.mixer.initial_state(hidden.shape[0], hidden.device, hidden.dtype)
-    outputs, start = [], 0
-    for part in hidden.split(tile, dim=1):
+    for part in parts:
         stop = start + part.shape[1]
-        output, carried = save(block, part, layout.slice(start, stop), carried)
+        output, carried, said = save(_whole, block, part, layout.slice(start, stop), carried)
+        _add(aux, said)
         outputs.append(output)
         start = stop
     return torch.cat(outputs, dim=1), None if state is None else carried
+
+
+def _whole(block: Block, hidden: Tensor, layout: SequenceLayout, state: Any) -> tuple[Tensor, Any, Aux]:
+    said: Aux = {}
+    hidden, state = block(hidden, layout, state, said)
+    return hidden, state, said
+
+
+def _fed(block: Block, hidden: Tensor, layout: SequenceLayout) -> tuple[Tensor, Aux]:
+    said: Aux = {}
+    return block.feed(hidden, layout, said), said
+
+
+def _add(aux: Aux | None, said: Aux) -> None:
+    """What a run in the backward pass says goes into a dictionary of its own, so that nothing is counted twice."""
+    for name, value in said.items() if aux is not None else ():
+        assert aux is not None
+        aux[name] = aux[name] + value if name in aux else value
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -103,7 +160,7 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 _KEPT = {
     "mm", "addmm", "bmm", "linear", "scalar_decay_chunked", "scalar_decay_triton", "scalar_decay_windows",
-    "bidirectional_decay_triton",
+    "bidirectional_decay_triton", "grouped_matmul", "topk", "sort",
 }  # fmt: skip
 
 

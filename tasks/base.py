@@ -18,9 +18,10 @@ from seqlong.heads import LanguageHead
 from seqlong.metrics import Accuracy, BitsPerToken, RunningSums, world
 from seqlong.optim import Optimizer, Schedule
 from seqlong.tasks.carried import CarriedState
+from seqlong.tasks.experts import PREFIX, ExpertLoads
 
-#: Where a checkpoint holds the sums since the last row of the log, and the carried state.
-SUMS_KEY, CARRIED_KEY = "seqlong_sums", "seqlong_carried_state"
+#: Where a checkpoint holds the sums and the loads of experts since the last row of the log, and the carried state.
+SUMS_KEY, EXPERTS_KEY, CARRIED_KEY = "seqlong_sums", "seqlong_expert_loads", "seqlong_carried_state"
 
 
 class SequenceTask(LightningModule):
@@ -32,7 +33,8 @@ class SequenceTask(LightningModule):
 
     Logs, every ``trainer.log_every_n_steps`` steps and over the steps since the row before: ``train/loss`` (nats, the
     objective), ``train/bits`` (bits per token over positions of positive weight, each counted once), ``train/length``
-    (positions in a row), ``lr``, and the figures of the blocks as ``train/<name>``. In evaluation ``val/bits``,
+    (positions in a row), ``lr``, the figures of the blocks as ``train/<name>``, and those of their experts as
+    ``experts/<block>/<name>`` (see ``ExpertLoads.figures``). In evaluation ``val/bits``,
     ``val/accuracy``, or ``test/...``.
 
     A subclass says what to predict, in ``prepare``.
@@ -75,6 +77,7 @@ class SequenceTask(LightningModule):
             CarriedState.check(self.backbone)
         self._compile_blocks, self._compiled = compile, False
         self._sums = RunningSums()
+        self.experts = ExpertLoads()
         for part in ("val", "test"):
             self.add_module(f"{part}_bits", BitsPerToken())
             self.add_module(f"{part}_accuracy", Accuracy())
@@ -103,17 +106,25 @@ class SequenceTask(LightningModule):
         assert batch.targets is not None
         nll = self.head.loss(output.hidden, batch.targets, self.z_loss)
         weight = _weight(batch)
-        share = weight.sum()
-        total, ranks = share.clone(), world()[1]
+        ranks = world()[1]
+        totals = torch.stack([weight.sum(), _positions(batch)])
         if ranks > 1:
-            dist.all_reduce(total)
-        loss = (nll * weight).sum() * ranks / torch.where(total > 0, total, 1)
+            dist.all_reduce(totals)
+        total, positions = torch.where(totals > 0, totals, 1)
+        loss = (nll * weight).sum() * ranks / total
+        aux = {}
         for name, value in output.aux.items():
+            if name.endswith("_sum"):  # over the positions of this rank
+                name, value = name.removesuffix("_sum"), value * ranks / positions
+            if not name.startswith(PREFIX):
+                aux[f"aux_{name}"] = value.detach()
             if name.endswith("_loss"):
                 loss = loss + value
+        if self.training:
+            self.experts.add(output.aux)
         counted = weight > 0
         nats = torch.where(counted, nll.detach(), 0).sum(dtype=torch.float64)
-        return loss, {"nats": nats, "count": counted.sum(), **{f"aux_{k}": v.detach() for k, v in output.aux.items()}}
+        return loss, {"nats": nats, "count": counted.sum(), **aux}
 
     def _run(self, batch: SequenceBatch) -> BackboneOutput:
         return self.backbone(batch) if self.carried is None else self.carried.run(self.backbone, batch)
@@ -161,6 +172,14 @@ class SequenceTask(LightningModule):
         if ends_step and (trainer.global_step + 1) % every == 0:
             self._log_training(batch.shape)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Balance the experts by what they had in this step. (A step that FiniteGuard skips has no gradients left.)"""
+        self.experts.end_step(self.backbone, any(p.grad is not None for p in self.parameters()))
+        every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if (self.trainer.global_step + 1) % every == 0:
+            for name, value in self.experts.figures(self.backbone).items():
+                self.log(name, value.float())
 
     def _log_training(self, shape: tuple[int, int]) -> None:
         sums = self._sums.read()
@@ -228,12 +247,14 @@ class SequenceTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an exact continuation needs beside the weights: tensors and numbers only."""
         checkpoint[SUMS_KEY] = {name: value.cpu() for name, value in self._sums.read().items()}
+        checkpoint[EXPERTS_KEY] = self.experts.saved()
         if self.carried is not None:
             checkpoint[CARRIED_KEY] = self.carried.saved()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it from there."""
         self._sums.load(checkpoint.get(SUMS_KEY, {}))
+        self.experts.load(checkpoint.get(EXPERTS_KEY, {}))
         if self.carried is not None:
             self.carried.load(checkpoint.get(CARRIED_KEY, {}))
 
@@ -255,7 +276,7 @@ class SequenceTask(LightningModule):
         return {
             "name": type(self).__name__,
             "parameters": _count(self),
-            "parameters_active": _count(self),
+            "parameters_active": _count(self) - sum(getattr(part, "idle_parameters", 0) for part in self.modules()),
             "d_model": self.backbone.embedding.embedding_dim,
             "vocab_size": self.head.vocab_size,
             "pattern": list(self.backbone.letters),
@@ -272,6 +293,14 @@ def _weight(batch: SequenceBatch) -> Float[Tensor, "b t"]:
     assert batch.targets is not None
     known: Bool[Tensor, "b t"] = batch.targets >= 0
     return known.float() if batch.loss_weight is None else batch.loss_weight * known
+
+
+def _positions(batch: SequenceBatch) -> Float[Tensor, ""]:
+    """How many are not padding."""
+    if batch.segment_ids is not None:
+        return (batch.segment_ids != 0).sum().float()
+    assert batch.targets is not None
+    return torch.tensor(float(batch.targets.numel()), device=batch.targets.device)
 
 
 def _count(module: nn.Module) -> int:

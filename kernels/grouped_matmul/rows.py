@@ -9,9 +9,7 @@ from torch import Tensor
 from seqlong.kernels.precision import as_written
 
 
-@torch.library.custom_op(
-    "seqlong::collect_rows", mutates_args=(), schema="(Tensor x, Tensor index) -> Tensor"
-)
+@torch.library.custom_op("seqlong::collect_rows", mutates_args=(), schema="(Tensor x, Tensor index) -> Tensor")
 @as_written
 def _collect(x: Tensor, index: Tensor) -> Tensor:
     found = x.index_select(0, index.clamp(max=max(x.shape[0] - 1, 0)).flatten()).view(*index.shape, x.shape[1])

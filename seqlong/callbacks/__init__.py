@@ -1,6 +1,7 @@
 """What goes on around the training steps. Each is a Lightning callback, named in configs/trainer/default.yaml."""
 
 from seqlong.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
+from seqlong.callbacks.expert_load import ExpertLoad
 from seqlong.callbacks.finite_guard import FiniteGuard
 from seqlong.callbacks.loggers import MetricsCsv, TensorBoard
 from seqlong.callbacks.predictions import PredictionWriter
@@ -13,6 +14,7 @@ from seqlong.callbacks.throughput import Throughput
 __all__ = [
     "AtomicCheckpointIO",
     "Checkpoints",
+    "ExpertLoad",
     "FiniteGuard",
     "MetricsCsv",
     "PredictionWriter",
