@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from seqlong.kernels.delta_rule.activations import log_decays, weights
 from seqlong.kernels.delta_rule.chunked import delta_rule_chunked
 from seqlong.kernels.delta_rule.inputs import BETA, check
+from seqlong.kernels.delta_rule.plan import candidates, settled
 from seqlong.kernels.delta_rule.reference import delta_rule_reference
-from seqlong.kernels.dispatch import choose
+from seqlong.kernels.dispatch import Choice, choose
+from seqlong.kernels.runtime import triton_runs_on
 
 OFFERED = {
+    "triton": "Triton kernels on this GPU",
     "chunked": "matrix products over chunks in torch, any device",
     "reference": "float64 loop over tokens",
 }
+#: Configurations that `seqlong doctor --tune` measures, the default first.
+CANDIDATES = candidates()
+#: Widest keys and values that the Triton kernels hold on chip.
+WIDEST = (128, 256)
+
+
+def why_not_triton(q: Tensor, v: Tensor, gate: Tensor | None) -> str | None:
+    """None if the Triton kernels serve these inputs, else the reason why not."""
+    reason = triton_runs_on(v.device)
+    if reason is not None:
+        return reason
+    if gate is not None and gate.dim() == 4:
+        return "Triton kernels know one gate a head, not one a channel"
+    if v.dtype not in (torch.bfloat16, torch.float32) or q.dtype != v.dtype:
+        return f"Triton kernels are for bfloat16 and float32, not {q.dtype} with {v.dtype}"
+    if q.shape[3] > WIDEST[0] or v.shape[3] > WIDEST[1]:
+        return f"Triton kernels hold heads up to {WIDEST[0]} by {WIDEST[1]}, not {q.shape[3]} by {v.shape[3]}"
+    if not v.numel() or not q.numel():
+        return "an empty input"
+    return None
+
+
+def _choose(q: Tensor, v: Tensor, gate: Tensor | None, implementation: str | None) -> Choice:
+    reason = why_not_triton(q, v, gate)
+    if reason is None and v.is_cuda and settled(q, v) is None:
+        reason = "no configuration of the Triton kernels passed its check on this GPU"
+    if reason is None:
+        # Tensor cores have no float32: plain torch, with tf32 or without as its user set it, is as good there.
+        best = v.is_cuda and v.dtype != torch.float32
+        return choose("delta_rule", OFFERED, "triton" if best else "chunked", implementation)
+    if implementation == "triton":
+        raise ValueError(f"delta_rule cannot run in Triton: {reason}")
+    offered = {"chunked": f"{OFFERED['chunked']} ({reason})", "reference": OFFERED["reference"]}
+    return choose("delta_rule", offered, "chunked", implementation)
 
 
 def delta_rule(
@@ -53,7 +92,7 @@ def delta_rule(
         starts: True where the state starts afresh before the token; in reverse, before it in reading from the right.
         initial_state: the state before the first token read; zero if None.
         reverse: read from right to left.
-        implementation: ``chunked`` or ``reference``; None lets dispatch choose.
+        implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose.
 
     Returns:
         The output in v's type and the state after the last token read, in float32 (float64 if v is).
@@ -65,7 +104,7 @@ def delta_rule(
     """
     check("delta_rule", q, k, v, beta, gate, beta_activation=beta_activation, gate_activation=gate_activation,
           rate=rate, gate_bias=gate_bias, starts=starts, initial_state=initial_state)  # fmt: skip
-    choice = choose("delta_rule", OFFERED, "chunked", implementation)
+    choice = _choose(q, v, gate, implementation)
     if choice.implementation == "reference":
         return delta_rule_reference(
             q, k, v, beta, gate, normalize=normalize, beta_activation=beta_activation, gate_activation=gate_activation,
@@ -74,7 +113,36 @@ def delta_rule(
     if reverse:
         q, k, v, beta = (x.flip(1) for x in (q, k, v, beta))
         gate, starts = (None if x is None else x.flip(1) for x in (gate, starts))
-    output, final, _ = delta_rule_chunked(
-        q, k, v, beta, gate, rate, gate_bias, starts, initial_state, normalize, BETA.index(beta_activation)
-    )
+    activation = BETA.index(beta_activation)
+    if choice.implementation == "triton":
+        output, final = _triton(q, k, v, beta, gate, rate, gate_bias, starts, initial_state, normalize, activation)
+    else:
+        output, final, _ = delta_rule_chunked(
+            q, k, v, beta, gate, rate, gate_bias, starts, initial_state, normalize, activation
+        )
     return output.flip(1) if reverse else output, final
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    gate: Tensor | None,
+    rate: Tensor | None,
+    bias: Tensor | None,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    normalize: bool,
+    activation: int,
+) -> tuple[Tensor, Tensor]:
+    """Call the Triton op. What is one number a token and head is activated here: a hundredth of what it moves."""
+    from seqlong.kernels.delta_rule.triton import run
+
+    with torch.autocast(v.device.type, enabled=False):
+        weight = weights(beta.float(), activation)
+        decay = None if gate is None else log_decays(gate.float(), rate, bias).clamp(min=-111.0)
+        if starts is not None:
+            decay = torch.zeros_like(weight) if decay is None else decay
+            decay = decay.masked_fill(starts[..., None], -111.0)
+    return run(q, k, v, weight, decay, initial_state, normalize)

@@ -1,0 +1,308 @@
+"""Triton kernels of delta_rule: inverses of chunks, walks through segments, and the states that enter them.
+
+Words: a chunk is C = 64 tokens in four blocks of 16; a segment of the plan is CPS chunks, one program's walk (not a
+document: documents are cut by ``starts``, which are gates of 2^-160). Rows of q and k are divided by their length by
+factors (rq, rk) that meet the products, so no normalised copy exists. States are held and stored transposed (v k), so
+that they and what comes of them are left operands, straight from registers; no accumulator is transposed into a product.
+
+Offsets are int64 wherever tokens, heads or states multiply.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+EPS = tl.constexpr(1e-6)
+C = tl.constexpr(64)
+
+
+@triton.jit
+def rows_of(x, t, T, stride, K: tl.constexpr, KB: tl.constexpr):
+    """Tokens t (a vector) of x (t k), zero beyond its edges."""
+    d = tl.arange(0, KB)[None, :]
+    return tl.load(x + t[:, None].to(tl.int64) * stride + d, mask=(t[:, None] < T) & (d < K), other=0.0)
+
+
+@triton.jit
+def square(x, offset):
+    """Pointers to the (C C) matrix at an offset."""
+    return x + offset + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
+
+
+@triton.jit
+def _inverse_length(x, NORM: tl.constexpr):
+    y = tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+    return tl.rsqrt(y + EPS) if NORM else y * 0.0 + 1.0
+
+
+@triton.jit
+def _product(x, k, bx, bk, rx, rk, DIAGONAL: tl.constexpr, LAST: tl.constexpr):
+    """x_i D_ij k_jᵀ of two blocks; on the DIAGONAL where j < i + LAST."""
+    D = tl.exp2(tl.minimum(bx[:, None] - bk[None, :], 0.0))
+    A = tl.dot(x, tl.trans(k), input_precision="ieee") * (rx[:, None] * rk[None, :]) * D
+    if DIAGONAL:
+        A = tl.where(tl.arange(0, 16)[:, None] + LAST > tl.arange(0, 16)[None, :], A, 0.0)
+    return A
+
+
+@triton.jit
+def _inverse(A):
+    """(I + A)^-1 of a strictly lower (16 16) block, by forward substitution: exact to float32 whatever the keys."""
+    i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    T = tl.where(i == j, 1.0, 0.0)
+    for n in tl.static_range(15):
+        column = tl.sum(tl.where(j == n, A, 0.0), 1)
+        row = tl.sum(tl.where(i == n, T, 0.0), 0)
+        T -= column[:, None] * row[None, :]
+    return T
+
+
+@triton.jit
+def _times(x, y):
+    return tl.dot(x, y, input_precision="tf32x3")
+
+
+@triton.jit
+def _put(x, r: tl.constexpr, c: tl.constexpr, block):
+    place = (r * 16 + tl.arange(0, 16))[:, None] * C + c * 16 + tl.arange(0, 16)[None, :]
+    tl.store(x + place, block.to(x.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T", "H", "R", "NC"])
+def prepare(q, k, weight, gate, total, rq, rk, inverse, scores, T, H, R, NC, sqb, sqt, sqh, skb, skt, skh,
+            K: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    """One chunk of one head: running log2 decays, inverse lengths, (I + A)^-1 and the scores P.
+
+    weight, gate, total, rq, rk are (b h n·C), gate in log2; inverse and scores (b h n C C).
+    """
+    pid = tl.program_id(0)
+    c = pid % NC
+    h = (pid // NC) % H
+    row = (pid // NC // H).to(tl.int64)
+    index = row * H + h
+    at = index * (NC * C).to(tl.int64) + c * C + tl.arange(0, 16)
+    q += row * sqb + (h // R) * sqh
+    k += row * skb + (h // R) * skh
+    t = c * C + tl.arange(0, 16)
+    inverse += (index * NC + c) * (C * C)
+    scores += (index * NC + c) * (C * C)
+    b0 = tl.zeros((16,), dtype=tl.float32)
+    b1 = b0
+    b2 = b0
+    b3 = b0
+    if GATED:
+        g0 = tl.load(gate + at)
+        g1 = tl.load(gate + at + 16)
+        g2 = tl.load(gate + at + 32)
+        g3 = tl.load(gate + at + 48)
+        b0 = tl.cumsum(g0, 0)
+        b1 = tl.sum(g0, 0) + tl.cumsum(g1, 0)
+        b2 = tl.sum(g0, 0) + tl.sum(g1, 0) + tl.cumsum(g2, 0)
+        b3 = tl.sum(g0, 0) + tl.sum(g1, 0) + tl.sum(g2, 0) + tl.cumsum(g3, 0)
+    tl.store(total + at, b0)
+    tl.store(total + at + 16, b1)
+    tl.store(total + at + 32, b2)
+    tl.store(total + at + 48, b3)
+
+    k0 = rows_of(k, t, T, skt, K, KB)
+    k1 = rows_of(k, t + 16, T, skt, K, KB)
+    k2 = rows_of(k, t + 32, T, skt, K, KB)
+    k3 = rows_of(k, t + 48, T, skt, K, KB)
+    r0, r1 = _inverse_length(k0, NORM), _inverse_length(k1, NORM)
+    r2, r3 = _inverse_length(k2, NORM), _inverse_length(k3, NORM)
+    tl.store(rk + at, r0)
+    tl.store(rk + at + 16, r1)
+    tl.store(rk + at + 32, r2)
+    tl.store(rk + at + 48, r3)
+
+    none = tl.zeros((16, 16), dtype=tl.float32)
+    x = rows_of(q, t, T, sqt, K, KB)
+    rx = _inverse_length(x, NORM)
+    tl.store(rq + at, rx)
+    _put(scores, 0, 0, _product(x, k0, b0, b0, rx, r0, True, 1))
+    _put(scores, 0, 1, none)
+    _put(scores, 0, 2, none)
+    _put(scores, 0, 3, none)
+    x = rows_of(q, t + 16, T, sqt, K, KB)
+    rx = _inverse_length(x, NORM)
+    tl.store(rq + at + 16, rx)
+    _put(scores, 1, 0, _product(x, k0, b1, b0, rx, r0, False, 1))
+    _put(scores, 1, 1, _product(x, k1, b1, b1, rx, r1, True, 1))
+    _put(scores, 1, 2, none)
+    _put(scores, 1, 3, none)
+    x = rows_of(q, t + 32, T, sqt, K, KB)
+    rx = _inverse_length(x, NORM)
+    tl.store(rq + at + 32, rx)
+    _put(scores, 2, 0, _product(x, k0, b2, b0, rx, r0, False, 1))
+    _put(scores, 2, 1, _product(x, k1, b2, b1, rx, r1, False, 1))
+    _put(scores, 2, 2, _product(x, k2, b2, b2, rx, r2, True, 1))
+    _put(scores, 2, 3, none)
+    x = rows_of(q, t + 48, T, sqt, K, KB)
+    rx = _inverse_length(x, NORM)
+    tl.store(rq + at + 48, rx)
+    _put(scores, 3, 0, _product(x, k0, b3, b0, rx, r0, False, 1))
+    _put(scores, 3, 1, _product(x, k1, b3, b1, rx, r1, False, 1))
+    _put(scores, 3, 2, _product(x, k2, b3, b2, rx, r2, False, 1))
+    _put(scores, 3, 3, _product(x, k3, b3, b3, rx, r3, True, 1))
+
+    w0, w1 = tl.load(weight + at)[:, None], tl.load(weight + at + 16)[:, None]
+    w2, w3 = tl.load(weight + at + 32)[:, None], tl.load(weight + at + 48)[:, None]
+    T00 = _inverse(w0 * _product(k0, k0, b0, b0, r0, r0, True, 0))
+    T11 = _inverse(w1 * _product(k1, k1, b1, b1, r1, r1, True, 0))
+    T22 = _inverse(w2 * _product(k2, k2, b2, b2, r2, r2, True, 0))
+    T33 = _inverse(w3 * _product(k3, k3, b3, b3, r3, r3, True, 0))
+    A10 = w1 * _product(k1, k0, b1, b0, r1, r0, False, 0)
+    T10 = -_times(T11, _times(A10, T00))
+    A20 = w2 * _product(k2, k0, b2, b0, r2, r0, False, 0)
+    A21 = w2 * _product(k2, k1, b2, b1, r2, r1, False, 0)
+    T21 = -_times(T22, _times(A21, T11))
+    T20 = -_times(T22, _times(A20, T00) + _times(A21, T10))
+    A30 = w3 * _product(k3, k0, b3, b0, r3, r0, False, 0)
+    A31 = w3 * _product(k3, k1, b3, b1, r3, r1, False, 0)
+    A32 = w3 * _product(k3, k2, b3, b2, r3, r2, False, 0)
+    T32 = -_times(T33, _times(A32, T22))
+    T31 = -_times(T33, _times(A31, T11) + _times(A32, T21))
+    T30 = -_times(T33, _times(A30, T00) + _times(A31, T10) + _times(A32, T20))
+    _put(inverse, 0, 0, T00)
+    _put(inverse, 0, 1, none)
+    _put(inverse, 0, 2, none)
+    _put(inverse, 0, 3, none)
+    _put(inverse, 1, 0, T10)
+    _put(inverse, 1, 1, T11)
+    _put(inverse, 1, 2, none)
+    _put(inverse, 1, 3, none)
+    _put(inverse, 2, 0, T20)
+    _put(inverse, 2, 1, T21)
+    _put(inverse, 2, 2, T22)
+    _put(inverse, 2, 3, none)
+    _put(inverse, 3, 0, T30)
+    _put(inverse, 3, 1, T31)
+    _put(inverse, 3, 2, T32)
+    _put(inverse, 3, 3, T33)
+
+
+@triton.jit
+def entering(entry, index, s, NS, iv, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
+             BV: tl.constexpr, ENTRY: tl.constexpr):  # fmt: skip
+    """State (BV, KB) that enters segment s: zero, or of the scan (v k), or the caller's (k v) (ENTRY 0, 1, 2)."""
+    v, k = (iv * BV + tl.arange(0, BV))[:, None], tl.arange(0, KB)[None, :]
+    S = tl.zeros((BV, KB), dtype=tl.float32)
+    if ENTRY == 1:
+        S += tl.load(entry + (index * NS + s) * (VB * KB) + v * KB + k)
+    if ENTRY == 2:
+        S += tl.load(entry + index * (K * V) + k * V + v, mask=(k < K) & (v < V), other=0.0)
+    return S
+
+
+@triton.jit
+def leaving(final, index, iv, S, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr):
+    """Store a state as the caller sees it: (k v), without padding."""
+    v, k = (iv * BV + tl.arange(0, BV))[:, None], tl.arange(0, KB)[None, :]
+    tl.store(final + index * (K * V) + k * V + v, S, mask=(k < K) & (v < V))
+
+
+@triton.jit(do_not_specialize=["T", "H", "R", "NC", "NS", "CPS"])
+def walk(q, k, v, weight, total, rq, rk, inverse, scores, entry, o, fresh, kept, moves, final, T, H, R, NC, NS, CPS,
+         sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr,
+         VB: tl.constexpr, BV: tl.constexpr, ENTRY: tl.constexpr, SEGMENT: tl.constexpr, KEEP: tl.constexpr,
+         ST: tl.constexpr):  # fmt: skip
+    """Walk a segment: Ṽ = T β (V - γK S), O = γQ S + P Ṽ, S <- γ_C S + (D_Cj K)ᵀ Ṽ.
+
+    SEGMENT 1: from zero without output; the state at the end goes to ``entry`` (b h s v k). Programs past the value
+    tiles, which are all in SEGMENT 2, walk columns of the identity without values: what the segment does to a state goes
+    to ``moves`` (b h s j k), transposed.
+    KEEP: Ṽ and the state before each chunk go to ``fresh`` (b t h v) and ``kept`` (b n h v k).
+    """
+    VT: tl.constexpr = VB // BV
+    TILES: tl.constexpr = VT if SEGMENT == 0 else (VT + KB // BV if SEGMENT == 1 else KB // BV)
+    pid = tl.program_id(0)
+    h = pid % H
+    r = pid // H
+    iv = r % TILES
+    if SEGMENT == 2:
+        iv += VT
+    r = r // TILES
+    s = r % NS
+    row = (r // NS).to(tl.int64)
+    first = s * CPS
+    n = tl.minimum(CPS, NC - first)
+    index = row * H + h
+    base = index * (NC * C).to(tl.int64)
+    q += row * sqb + (h // R) * sqh
+    k += row * skb + (h // R) * skh
+    v += row * svb + h * svh
+    column = iv * BV + tl.arange(0, BV)
+    real = iv < VT  # else a column of the identity
+    S = tl.zeros((BV, KB), dtype=tl.float32)
+    if SEGMENT > 0:
+        S += tl.where((iv - VT) * BV + tl.arange(0, BV)[:, None] == tl.arange(0, KB)[None, :], 1.0, 0.0)
+    else:
+        S = entering(entry, index, s, NS, iv, K, V, KB, VB, BV, ENTRY)
+    for i in tl.range(0, n, num_stages=ST):
+        c = first + i
+        t = c * C + tl.arange(0, C)
+        at = base + t
+        Kt = rows_of(k, t, T, skt, K, KB)
+        values = (t[:, None] < T) & (column < V)[None, :]
+        X = tl.load(v + t[:, None].to(tl.int64) * svt + column[None, :], mask=values & real, other=0.0)
+        Tm = tl.load(square(inverse, (index * NC + c) * (C * C)))
+        b, r_k, w = tl.load(total + at), tl.load(rk + at), tl.load(weight + at)
+        bC = tl.load(total + base + c * C + C - 1)
+        Sb = S.to(k.dtype.element_ty)
+        place = ((row * T + t[:, None]) * H + h) * V + column[None, :]
+        if KEEP:
+            states = kept + ((row * NC + c) * H + h) * (VB * KB)
+            tl.store(states + column[:, None] * KB + tl.arange(0, KB)[None, :], Sb)
+        N = tl.dot(Sb, tl.trans(Kt), input_precision="ieee") * (-tl.exp2(b) * r_k)[None, :]
+        N = (N + tl.trans(X).to(tl.float32)) * w[None, :]
+        N = tl.dot(N.to(k.dtype.element_ty), tl.trans(Tm), input_precision="ieee")
+        if SEGMENT == 0:
+            Q = rows_of(q, t, T, sqt, K, KB)
+            P = tl.load(square(scores, (index * NC + c) * (C * C)))
+            r_q = tl.load(rq + at)
+            Nb = N.to(k.dtype.element_ty)
+            Y = tl.dot(Sb, tl.trans(Q), input_precision="ieee") * (tl.exp2(b) * r_q)[None, :]
+            Y = tl.dot(Nb, tl.trans(P), Y, input_precision="ieee")
+            tl.store(o + place, tl.trans(Y.to(o.dtype.element_ty)), mask=values)
+            if KEEP:
+                tl.store(fresh + place, tl.trans(Nb), mask=values)
+        N *= (tl.exp2(bC - b) * r_k)[None, :]
+        S = tl.dot(N.to(k.dtype.element_ty), Kt, S * tl.exp2(bC), input_precision="ieee")
+    if SEGMENT > 0:
+        d = tl.arange(0, KB)[None, :]
+        if real:
+            tl.store(entry + (index * NS + s) * (VB * KB) + column[:, None] * KB + d, S)
+        else:
+            tl.store(moves + (index * NS + s) * (KB * KB) + (column - VB)[:, None] * KB + d, S)
+    elif s == NS - 1:
+        leaving(final, index, iv, S, K, V, KB, BV)
+
+
+@triton.jit(do_not_specialize=["NS"])
+def scan(states, moves, edge, NS, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
+         BV: tl.constexpr, EDGE: tl.constexpr, ADJOINT: tl.constexpr):  # fmt: skip
+    """In place along the walk: the state of each segment from zero becomes the state that enters it (b h s v k)."""
+    SLICE: tl.constexpr = min(KB, 32)
+    iv = tl.program_id(1)
+    index = tl.program_id(0).to(tl.int64)
+    column = (iv * BV + tl.arange(0, BV))[:, None]
+    k = tl.arange(0, KB)[None, :]
+    part = tl.arange(0, SLICE)
+    S = entering(edge, index, 0, NS, iv, K, V, KB, VB, BV, 2 if EDGE else 0)
+    for i in range(0, NS):
+        s = NS - 1 - i if ADJOINT else i
+        here = states + (index * NS + s) * (VB * KB)
+        move = moves + (index * NS + s) * (KB * KB)
+        after = tl.load(here + column * KB + k)
+        tl.debug_barrier()
+        tl.store(here + column * KB + k, S)
+        tl.debug_barrier()  # the program reads its own columns again, in slices that fit registers
+        for j in tl.static_range(KB // SLICE):
+            x = tl.load(here + column * KB + (j * SLICE + part)[None, :])
+            if ADJOINT:
+                m = tl.load(move + (j * SLICE + part)[:, None] + k * KB)
+            else:
+                m = tl.load(move + (j * SLICE + part)[:, None] * KB + k)
+            after = tl.dot(x, m, after, input_precision="tf32x3")
+        S = after
