@@ -70,9 +70,12 @@ class ExpertLoads:
         return dict(sorted((int(name.split("/")[1]), self._row[name].tolist()) for name in named))
 
     def figures(self, backbone: Backbone) -> dict[str, Tensor]:
-        """What goes into the log, since the row before. For each block MaxVio (largest load over the mean, minus 1), the
-        number of experts below a hundredth of the mean, the entropy of the scores (0 to 1, the share of that of even
-        scores) and the share of choices that fell on experts that do nothing."""
+        """What goes into the log, since the row before.
+
+        For each block MaxVio (largest load over the mean, minus 1), the number of experts below a hundredth of the mean,
+        the entropy of the scores (0 to 1, the share of that of even scores) and the share of choices that fell on
+        experts that do nothing.
+        """
         values: dict[str, Tensor] = {}
         self._reported = True  # the next step begins another row; until then the loads can be read
         for name, load in self._row.items():

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
 from seqlong.backbone import Backbone, BackboneConfig
 from seqlong.batch import SequenceBatch
+from seqlong.callbacks import ExpertLoad, FiniteGuard, MetricsCsv, RunFolder
 from seqlong.errors import ConfigError
 from seqlong.ffn import MoE, SwiGLU
 from seqlong.ffn.balance import step_of_bias, violation, wanted_shares
@@ -23,6 +25,8 @@ from seqlong.ffn.router import Router, chosen_by_experts
 from seqlong.ffn.upcycle import partition, upcycle, upcycle_blocks
 from seqlong.layout import SequenceLayout
 from seqlong.mixers import Attention, Bidirectional, Mamba2
+from seqlong.optim import Schedule
+from seqlong.report import write_report
 from seqlong.tasks import CausalLM
 from seqlong.tasks.experts import ExpertLoads
 
@@ -486,6 +490,58 @@ def test_two_ranks_count_and_learn_as_one_does(tmp_path: Path) -> None:
         assert torch.equal(one, two) and torch.equal(two, three) and one.any()
     for one, two in zip(alone[1], first[1], strict=True):
         torch.testing.assert_close(one, two)
+
+
+class Rows(LightningDataModule):
+    """The same few rows, over and over."""
+
+    def train_dataloader(self) -> Any:
+        generator = torch.Generator().manual_seed(5)
+        tokens = torch.randint(4, 8, (64, 2, 21), generator=generator)
+        rows = [SequenceBatch(tokens=part[:, :-1], targets=part[:, 1:]) for part in tokens]
+        return torch.utils.data.DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
+
+
+def fit(folder: Path, steps: int, accumulate: int = 1, checkpoint: Path | None = None) -> tuple[CausalLM, Trainer]:
+    torch.manual_seed(0)
+    ffn = partial(MoE, experts=4, active=2, d_hidden=8, identity=1, z_loss=1e-2, bias_rate=0.01)
+    task = CausalLM(config(ffn=ffn), schedule=Schedule(kind="constant"))
+    trainer = Trainer(
+        max_steps=steps, accumulate_grad_batches=accumulate, default_root_dir=folder, log_every_n_steps=4,
+        accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        logger=MetricsCsv(folder / "metrics.csv"), callbacks=[RunFolder(), FiniteGuard(), ExpertLoad()],
+    )  # fmt: skip
+    trainer.fit(task, Rows(), ckpt_path=None if checkpoint is None else str(checkpoint))
+    return task, trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_balances_logs_checkpoints_and_reports_its_experts(tmp_path: Path) -> None:
+    task, trainer = fit(tmp_path / "run", 9)
+    trainer.save_checkpoint(tmp_path / "nine.ckpt")
+    biases = [block.ffn.router.bias for block in task.backbone.blocks]  # type: ignore[union-attr]
+    assert all(0.01 < bias.abs().max() < 0.1 for bias in biases)
+    saved = torch.load(tmp_path / "nine.ckpt", weights_only=True)
+    assert torch.equal(saved["state_dict"]["backbone.blocks.0.ffn.router.bias"], biases[0])
+    assert int(saved["seqlong_expert_loads"]["experts/1/load"].sum()) == 2 * 20 * 2, "one step since the last row"
+    onward, _ = fit(tmp_path / "onward", 12, checkpoint=tmp_path / "nine.ckpt")
+    lines = (tmp_path / "run" / "experts.csv").read_text().splitlines()
+    assert [line.rsplit(",", 1)[0] for line in lines] == ["step,block", "4,1", "4,2", "8,1", "8,2"]
+    assert sum(map(int, lines[1].rsplit(",", 1)[1].split())) == 4 * 2 * 20 * 2, "four steps of two rows of 20, two each"
+    again = (tmp_path / "onward" / "experts.csv").read_text().splitlines()
+    assert sum(map(int, again[1].rsplit(",", 1)[1].split())) == 4 * 2 * 20 * 2, "a row that two sittings share is whole"
+    metrics = (tmp_path / "run" / "metrics.csv").read_text()
+    for name in ("max_violation", "dead", "entropy", "identity"):
+        assert metrics.count(f"experts/2/{name}") == 2
+    assert metrics.count("train/router_loss") == 2
+    page = write_report(tmp_path / "run").read_text()
+    assert page.count('aria-label="load of 5 experts"') == 2 and page.count("times the mean</title>") == 10
+    assert "Largest MaxVio of any block" in page and "entropy 0." in page
+    described = task.describe()
+    inner = 2 * (4 - 2) * 3 * 16 * 8  # two blocks, two of four experts, three matrices
+    assert described["parameters"] - described["parameters_active"] == inner
+    assert [block["ffn"] for block in described["blocks"]] == ["MoE", "MoE"]
+    assert onward is not task
 
 
 if __name__ == "__main__":

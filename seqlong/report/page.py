@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from seqlong.report import sections, text, words
+from seqlong.report.experts import experts_section
 from seqlong.report.record import RunRecord, read_run, unix_seconds
 from seqlong.report.style import STYLE
 from seqlong.report.text import Html, div, tag
@@ -45,6 +46,7 @@ def render(record: RunRecord) -> str:
         sections.loss_section(record),
         sections.training_section(record),
         sections.model_section(record),
+        experts_section(record),
         sections.data_section(record),
         sections.making_section(record),
         tag("footer", _footer(record)),

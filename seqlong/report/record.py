@@ -50,6 +50,7 @@ class RunRecord:
     floors: list[dict[str, Any]] = field(default_factory=list)
     config: str = ""
     metrics: dict[str, Series] = field(default_factory=dict)
+    experts: list[tuple[int, int, list[int]]] = field(default_factory=list)  # step, block from 1, choices of each
     problems: list[str] = field(default_factory=list)
 
     def series(self, name: str) -> Series:
@@ -102,6 +103,7 @@ def read_run(folder: Path) -> RunRecord:
         record.floors = [floor for floor in floors if isinstance(floor, dict) and _is_number(floor.get("bits"))]
     record.config = _read_text(record, "config.yaml")
     record.metrics = _read_metrics(record)
+    record.experts = _read_experts(record)
     if not record.floors:
         record.floors = [
             {"name": name.removeprefix("floor/"), "bits": series.last}
@@ -170,6 +172,22 @@ def _read_metrics(record: RunRecord) -> dict[str, Series]:
     if torn:
         record.problems.append("metrics.csv: the last line is torn (the writer was stopped) and was left out")
     return _current(rows)
+
+
+def _read_experts(record: RunRecord) -> list[tuple[int, int, list[int]]]:
+    """The lines of experts.csv that belong to the final course of the run; torn and unreadable ones are left out."""
+    kept: list[tuple[int, int, list[int]]] = []
+    for line in _read_text(record, "experts.csv").split("\n")[1:-1]:
+        try:
+            step, block, loads = line.split(",")
+            entry = (int(step), int(block), [int(load) for load in loads.split()])
+        except ValueError:
+            continue
+        while kept and (kept[-1][0] > entry[0] or kept[-1][:2] == entry[:2]):
+            kept.pop()
+        if entry[2]:
+            kept.append(entry)
+    return kept
 
 
 def _current(rows: Iterable[tuple[float, int, str, float]]) -> dict[str, Series]:

@@ -1,0 +1,74 @@
+"""How evenly the experts of each block are used: a strip a block, and the worst block over the run."""
+
+from __future__ import annotations
+
+from seqlong.report import words
+from seqlong.report.plots import line_chart
+from seqlong.report.record import RunRecord, Series
+from seqlong.report.text import Html, div, tag
+
+#: A cell is darkest at this many times the mean load.
+_DARKEST = 2.0
+
+
+def experts_section(record: RunRecord) -> Html | None:
+    """A strip a block, one cell an expert, as dark as its share of the choices; None where nothing has experts."""
+    last = {block: counts for _, block, counts in record.experts if sum(counts)}
+    if not last:
+        return None
+    letters = {number: str(block.get("letter", "")) for number, block in enumerate(words.blocks(record), 1)}
+    cells: list[object] = []
+    for block, counts in sorted(last.items()):
+        said = [f"MaxVio {_last(record, block, 'max_violation'):.2f}", f"{_last(record, block, 'dead'):.0f} dead"]
+        said.append(f"entropy {_last(record, block, 'entropy'):.2f}")
+        if f"experts/{block}/identity" in record.metrics:
+            said.append(f"{100 * _last(record, block, 'identity'):.0f} % to experts that do nothing")
+        name = f"{block} {letters.get(block, '')}".strip()
+        cells += [
+            tag("div", name, attributes={"class": "name"}),
+            tag("div", strip(counts)),
+            div("size", ", ".join(said)),
+        ]
+    step = max(step for step, _, _ in record.experts)
+    note = (
+        f"A strip a block, a cell an expert, over the steps up to {step:,}: the darker, the more of the choices fell on "
+        "it; half dark is the mean. MaxVio: the largest load over the mean, minus 1. Dead: below a hundredth of the "
+        "mean. Entropy: of the router's scores, 1 where it does not prefer any."
+    )
+    worst = line_chart("Largest MaxVio of any block", worst_violation(record))
+    chart = [tag("h3", "Largest MaxVio of any block"), div("chart", worst)] if worst else []
+    children = [tag("p", note, attributes={"class": "note"}), div("contigs", *cells), *chart]
+    return tag("section", tag("h2", "Experts"), *children, attributes={"id": "experts"})
+
+
+def strip(counts: list[int]) -> Html:
+    """One cell an expert, as dark as its load."""
+    mean = sum(counts) / len(counts)
+    drawn = "".join(
+        f'<rect class="s0" x="{place}" y="0" width="0.96" height="1" '
+        f'fill-opacity="{min(count / mean / _DARKEST, 1):.3f}"><title>expert {place + 1}: '
+        f"{count / mean:.2f} times the mean</title></rect>"
+        for place, count in enumerate(counts)
+    )
+    return Html(
+        f'<svg role="img" aria-label="load of {len(counts)} experts" viewBox="0 0 {len(counts)} 1" '
+        f'preserveAspectRatio="none">{drawn}</svg>'
+    )
+
+
+def worst_violation(record: RunRecord) -> Series:
+    """The largest MaxVio of any block at each step."""
+    worst: dict[int, tuple[float, float]] = {}
+    for name, series in record.metrics.items():
+        if not (name.startswith("experts/") and name.endswith("/max_violation")):
+            continue
+        for step, time, value in zip(series.step, series.time, series.value, strict=True):
+            if step not in worst or value > worst[step][1]:
+                worst[step] = (time, value)
+    steps = sorted(worst)
+    return Series(steps, [worst[step][0] for step in steps], [worst[step][1] for step in steps])
+
+
+def _last(record: RunRecord, block: int, name: str) -> float:
+    value = record.series(f"experts/{block}/{name}").last
+    return float("nan") if value is None else value
