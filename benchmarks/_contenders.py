@@ -19,6 +19,19 @@ Contender = Callable[[Inputs], Callable[[], Tensor]]
 CHUNK = 64
 
 
+@cache
+def lend_convolution() -> bool:
+    """Whether mamba-ssm's fused mixer gets our convolution: it calls causal-conv1d, a CUDA extension not always there.
+
+    Ours moves about four fifths of the bytes that the GPU can, so this costs mamba-ssm nothing to speak of.
+    """
+    try:
+        import causal_conv1d.cpp_functions  # noqa: F401
+    except ImportError:
+        return True
+    return False
+
+
 def _normal(*shape: int, device: torch.device, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape, device=device) * scale).to(torch.bfloat16)
 
@@ -330,19 +343,6 @@ def import_mamba_ssm() -> None:
 
         ssd_combined.causal_conv1d_fwd_function = _convolution
         ssd_combined.causal_conv1d_bwd_function = _convolution_backward
-
-
-@cache
-def lend_convolution() -> bool:
-    """Whether mamba-ssm's fused mixer gets our convolution: it calls causal-conv1d, a CUDA extension not always there.
-
-    Ours moves about four fifths of the bytes that the GPU can, so this costs mamba-ssm nothing to speak of.
-    """
-    try:
-        import causal_conv1d.cpp_functions  # noqa: F401
-    except ImportError:
-        return True
-    return False
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor, *_nothing: object) -> Tensor:

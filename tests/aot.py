@@ -197,13 +197,14 @@ def compile_cases(names: list[str], gpu: str, tuned: str | None = "shipped") -> 
         tuned = str(shipped) if shipped.is_file() else None
     if tuned is not None:
         os.environ["SEQLONG_TUNED"] = tuned
-    # The ops take CPU tensors where they believe in the interpreter; Triton itself must not.
+    # The ops take CPU tensors where they believe in the interpreter; Triton itself, read before, must not.
+    import triton
+
     os.environ["TRITON_INTERPRET"] = "1"
     import seqlong.kernels.runtime
 
     del os.environ["TRITON_INTERPRET"]
     assert seqlong.kernels.runtime.INTERPRETED
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 

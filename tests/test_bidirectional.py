@@ -168,7 +168,7 @@ def test_triton(rows: int, length: int, heads: int, k: int, v: int, gate: str, d
 def test_triton_where_every_token_is_alone(device: str) -> None:
     given = inputs(1, 40, 1, 1, 16, 16, dtype=torch.float32)
     starts = torch.ones(1, 40, dtype=torch.bool)
-    assert max(distances(given, starts, device)) < 1e-5
+    assert max(distances(given, starts, device)) < 2e-5
     assert not results([x.detach().to(device).requires_grad_() for x in given], starts.to(device), "triton")[4].any()
 
 
@@ -207,7 +207,7 @@ def test_triton_is_a_well_formed_op(keep: bool, device: str) -> None:
 
 def test_triton_reads_heads_that_share_queries_twice(device: str) -> None:
     given = inputs(1, 70, 1, 2, 16, 16, dtype=torch.float32)
-    assert max(distances(given, torch.rand(1, 70) < 0.1, device)) < 1e-5
+    assert max(distances(given, torch.rand(1, 70) < 0.1, device)) < 2e-5
 
 
 def test_other_types_and_devices_say_why_not() -> None:

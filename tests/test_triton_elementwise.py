@@ -327,4 +327,6 @@ def test_offsets_past_32_bits() -> None:
         assert torch.equal(found[:, -197:], exact[:, -197:]), name
         grad = torch.autograd.grad(found, x, found.detach())[0][:, -197:].clone()
         del found
-        assert torch.equal(grad, torch.autograd.grad(exact, end, exact.detach())[0][:, -197:]), name
+        # A token's place in its run decides which product and sum are one instruction: the last bit, once in a while.
+        again = torch.autograd.grad(exact, end, exact.detach())[0][:, -197:]
+        torch.testing.assert_close(grad, again, rtol=2**-7, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}")

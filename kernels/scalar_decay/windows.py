@@ -17,8 +17,8 @@ from seqlong.kernels.scalar_decay.triton import _forward, _gradients, as_inputs,
 
 #: Bytes of chunk states that a window may hold, unless SHORTEST needs more; twice that in the backward pass.
 BUDGET = 64 << 20
-#: Tokens that a window has at least, so that its segments fill a GPU.
-SHORTEST = 4096
+#: Tokens that a window has at least: fewer, and a GPU would wait for the host, which starts a dozen kernels a window.
+SHORTEST = 32_768
 #: Tokens of a chunk, as far as the budget goes.
 CHUNK = 64
 
