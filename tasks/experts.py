@@ -72,8 +72,8 @@ class ExpertLoads:
     def figures(self, backbone: Backbone) -> dict[str, Tensor]:
         """What goes into the log, since the row before.
 
-        For each block MaxVio (largest load over the mean, minus 1), the number of experts below a hundredth of the mean,
-        the entropy of the scores (0 to 1, the share of that of even scores) and the share of choices that fell on
+        For each block MaxVio (largest load over the mean, minus 1), the number of experts below a hundredth of the
+        mean, the entropy of the scores (0 to 1, the share of that of even scores) and the share of choices that fell on
         experts that do nothing.
         """
         values: dict[str, Tensor] = {}

@@ -29,7 +29,7 @@ SIZES = {
     "hybrid_small": 0.8e6, "transformer_small": 0.8e6, "mamba2_small": 0.8e6, "hybrid_small_mlm": 0.8e6,
     "hybrid_medium": 25e6, "transformer_medium": 25e6, "mamba2_medium": 25e6,
     "hybridna_300m": 300e6, "transformer_300m": 300e6, "mamba2_300m": 300e6,
-    "hybridna_3b": 3e9, "hybridna_7b": 7e9,
+    "moe_small": 2.1e6, "hybridna_3b": 3e9, "hybridna_7b": 7e9,
 }  # fmt: skip
 
 

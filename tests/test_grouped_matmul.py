@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,3 +223,36 @@ def test_rows_are_collected_and_put_back(device: str) -> None:
     torch.testing.assert_close(placed, wanted)
     assert torch.autograd.gradcheck(collect_rows, (x, index))
     assert torch.autograd.gradcheck(place_rows, (y, index, 7))
+
+
+def test_kernels_compile_for_an_h100() -> None:
+    """As training launches them; see tests/aot.py."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import aot, torch
+
+def case(copies):
+    from seqlong.kernels.grouped_matmul import grouped_matmul
+    k, n = (1024, 1536) if copies > 1 else (768, 1024)
+    x = torch.zeros(512, k, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(64, k, n, dtype=torch.bfloat16, requires_grad=True)
+    order = torch.arange(512 * copies)
+    named = {{"gather": order, "copies": copies}} if copies > 1 else {{"scatter": order}}
+    return grouped_matmul(x, weight, torch.arange(64), implementation="triton", **named)
+
+aot.CASES = {{"up": lambda: case(8), "down": lambda: case(1)}}
+sys.argv[1:] = ["--json"]
+aot.main()
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = json.loads(done.stdout.splitlines()[-1])["kernels"]
+    assert {kernel["kernel"] for kernel in kernels} == {"_rows_kernel", "_outer_kernel"} and len(kernels) >= 5
+    for kernel in kernels:
+        assert kernel["error"] is None and kernel["tensor_cores"], (kernel["error"], done.stderr[-3000:])
+        assert kernel["spilled"] == 0 and kernel["shared"] <= 99 << 10, kernel

@@ -204,6 +204,29 @@ def test_experts_take_their_share_of_each_segment() -> None:
         assert {key: of.count(key) for key in of} == {(0, 1): 4, (0, 2): 2, (1, 1): 7, (2, 1): 1}
 
 
+@pytest.mark.parametrize("engine", ["chunked", "grouped_mm"])
+def test_the_result_is_that_of_mixtral(engine: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    theirs = MixtralSparseMoeBlock(
+        transformers.MixtralConfig(hidden_size=16, intermediate_size=24, num_local_experts=6, num_experts_per_tok=2)
+    )
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ours = build("mixtral", torch.float32, d_hidden=24, implementation=engine)
+    ours.router.bias.zero_()
+    with torch.no_grad():
+        ours.router.weight.copy_(theirs.gate.weight)
+        ours.experts.gate_up_proj.weight.copy_(theirs.experts.gate_up_proj.transpose(1, 2))
+        ours.experts.down_proj.weight.copy_(theirs.experts.down_proj.transpose(1, 2))
+    hidden = torch.randn(3, 15, 16, requires_grad=True)
+    found, wanted = ours(hidden, layout(None))[0], theirs(hidden)
+    torch.testing.assert_close(found, wanted)
+    one, other = (torch.autograd.grad(result.square().sum(), hidden)[0] for result in (found, wanted))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 # -- Balance ----------------------------------------------------------------------------------------------------------
 
 
@@ -339,7 +362,8 @@ class NoWait(torch.overrides.TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 ids = torch.tensor([[1] * 7 + [2] * 5 + [0] * 2] * 3, dtype=torch.int32)
-for settings in ({"identity": 2, "z_loss": 0.1, "balance_loss": 0.1}, {"choice": "expert"}):
+engines = ({"identity": 2, "z_loss": 0.1, "balance_loss": 0.1}, {"implementation": "grouped_mm"}, {"choice": "expert"})
+for settings in engines:
     moe = MoE(16, experts=4, active=2, d_hidden=8, **settings)
     hidden = torch.randn(3, 14, 16, requires_grad=True)
     def call(hidden, ids):

@@ -101,6 +101,12 @@ def why_not_grouped_mm(device: torch.device, dtype: torch.dtype) -> str | None:
     return _verdict(device, dtype)
 
 
+@torch.compiler.assume_constant_result
+def is_one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether grouped_mm is one kernel on this GPU: only from Hopper on; before, it is a loop that waits."""
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @lru_cache
 def _verdict(device: torch.device, dtype: torch.dtype) -> str | None:
     """Small products with empty groups, odd widths and rows of no group, beside the loop."""

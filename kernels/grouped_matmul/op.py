@@ -9,6 +9,7 @@ from torch import Tensor
 from seqlong.kernels import tuning
 from seqlong.kernels.dispatch import choose
 from seqlong.kernels.grouped_matmul.chunked import (
+    is_one_kernel,
     outer_grouped,
     outer_looped,
     rows_grouped,
@@ -167,9 +168,12 @@ def _check_triton(device: torch.device, dtype: torch.dtype, config: tuning.Confi
 def _settled(x: Tensor) -> list[int] | None:
     """The configuration of the Triton kernels, None if none is right here."""
     device, dtype = x.device, x.dtype
-    config = tuning.settle(
-        "grouped_matmul", tuning.key(dtype), DEFAULT, device, lambda config: _check_triton(device, dtype, config)
-    )
+
+    def check(config: tuning.Config) -> str | None:
+        return _check_triton(device, dtype, config)
+
+    # As everywhere, nothing is checked on a CPU, where only the interpreter runs these kernels.
+    config = tuning.settle("grouped_matmul", tuning.key(dtype), DEFAULT, device, check if x.is_cuda else None)
     return None if config is None else [int(config[name]) for name in DEFAULT]
 
 
@@ -193,9 +197,9 @@ def _choose(x: Tensor, weight: Tensor, implementation: str | None) -> tuple[str,
     offered = {name: text for name, text in OFFERED.items() if name not in reasons}
     best = "chunked"
     if x.is_cuda:
-        # Only from Hopper on is grouped_mm one kernel; before it is a loop that waits for the GPU.
-        hopper = torch.cuda.get_device_capability(x.device) >= (9, 0) and x.dtype == torch.bfloat16
-        best = next((one for one in (("grouped_mm",) if hopper else ()) + ("triton",) if one in offered), "chunked")
+        # float32 has no tensor cores but by torch's own setting, which one product a group obeys.
+        wanted = ("grouped_mm",) * is_one_kernel(x.device, x.dtype) + ("triton",) * (x.dtype != torch.float32)
+        best = next((one for one in wanted if one in offered), "chunked")
     if best == "chunked":
         offered["chunked"] += f" ({'; '.join(reasons.values())})"
     return choose("grouped_matmul", offered, best, implementation).implementation, config

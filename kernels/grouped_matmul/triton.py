@@ -124,7 +124,7 @@ def rows_triton(
         x.stride(0), weight.stride(0), weight.stride(1), weight.stride(2),
         K=x.shape[1], N=width, GROUPS=groups, PADDED=triton.next_power_of_2(groups + 1),
         GATHER=gather is not None, SCATTER=scatter is not None,
-        ROWS=rows, INNER=inner, COLUMNS=columns, IEEE=_exact(x), num_warps=warps, num_stages=stages,
+        ROWS=rows, INNER=_inner(x, inner), COLUMNS=columns, IEEE=_exact(x), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
 
@@ -140,9 +140,14 @@ def outer_triton(
     _outer_kernel[(programs,)](
         x, grad, y, ends, gather, scatter, copies, x.stride(0), grad.stride(0),
         K=k, N=n, GATHER=gather is not None, SCATTER=scatter is not None,
-        ROWS=rows, INNER=inner, COLUMNS=columns, IEEE=_exact(x), num_warps=warps, num_stages=stages,
+        ROWS=rows, INNER=_inner(x, inner), COLUMNS=columns, IEEE=_exact(x), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
+
+
+def _inner(x: Tensor, inner: int) -> int:
+    """float32 takes twice the room on chip."""
+    return max(16, inner // 2) if x.dtype == torch.float32 else inner
 
 
 def _exact(x: Tensor) -> bool:

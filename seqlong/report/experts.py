@@ -31,8 +31,8 @@ def experts_section(record: RunRecord) -> Html | None:
         ]
     step = max(step for step, _, _ in record.experts)
     note = (
-        f"A strip a block, a cell an expert, over the steps up to {step:,}: the darker, the more of the choices fell on "
-        "it; half dark is the mean. MaxVio: the largest load over the mean, minus 1. Dead: below a hundredth of the "
+        f"A strip a block, a cell an expert, over the steps up to {step:,}: the darker, the more of the choices fell "
+        "on it; half dark is the mean. MaxVio: the largest load over the mean, minus 1. Dead: below a hundredth of the "
         "mean. Entropy: of the router's scores, 1 where it does not prefer any."
     )
     worst = line_chart("Largest MaxVio of any block", worst_violation(record))
