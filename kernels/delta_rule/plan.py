@@ -33,7 +33,7 @@ class Plan:
     states: int = 42
     forward: int = 42
     adjoint: int = 42
-    local: int = 4
+    local: int = 8
     keys: int = 4
 
     def launch(self, kernel: str) -> dict[str, int]:
@@ -46,7 +46,7 @@ def default(dtype: torch.dtype, k: int, v: int) -> Plan:
     """Safe on any GPU with 99 KiB of shared memory, the fastest nowhere; k and v are the tiles of the widths."""
     if dtype == torch.float32:
         tile = min(v, 32 if k > 64 else 64)
-        return Plan(value_tile=tile, states=41, forward=41, adjoint=41, local=8, keys=8)
+        return Plan(value_tile=tile, states=41, forward=41, adjoint=41, keys=8)
     return Plan(value_tile=min(v, 64), states=41, forward=41, adjoint=41)
 
 
@@ -80,7 +80,8 @@ def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
             replace(first, states=42, forward=42, adjoint=42, programs_per_sm=4),
             replace(first, states=42, forward=42, adjoint=42, programs_per_sm=1),
             replace(first, states=42, forward=42, adjoint=42, value_tile=32),
-            replace(first, states=42, forward=42, adjoint=42, keys=8, local=8),
+            replace(first, states=42, forward=42, adjoint=42, keys=8),
+            replace(first, states=42, forward=42, adjoint=42, local=4),
             replace(first, states=42, forward=42, adjoint=42, prepare=2),
         ]
         found[tuning.key(torch.bfloat16, k=k, v=v)] = [dict(asdict(plan)) for plan in tried]

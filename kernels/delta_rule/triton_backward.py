@@ -92,8 +92,6 @@ def local(q, k, v, go, weight, total, rq, rk, kept, dkept, fresh, dv, through_k,
     go += row * sgb + h * sgh
     t = c * C + tl.arange(0, C)
     at = base + t
-    Q = rows_of(q, t, T, sqt, K, KB)
-    Kt = rows_of(k, t, T, skt, K, KB)
     b, r_k, r_q, w = tl.load(total + at), tl.load(rk + at), tl.load(rq + at), tl.load(weight + at)
     bC = tl.load(total + base + c * C + C - 1)
     enter_k, enter_q, leave_k = tl.exp2(b) * r_k, tl.exp2(b) * r_q, tl.exp2(bC - b) * r_k
@@ -104,10 +102,11 @@ def local(q, k, v, go, weight, total, rq, rk, kept, dkept, fresh, dv, through_k,
     left = tl.zeros((C,), dtype=tl.float32)
     carried = 0.0
     states = ((row * NC + c) * H + h) * (VB * KB) + tl.arange(0, KB)[None, :]
-    for iv in tl.static_range(VB // BV):
+    for iv in tl.range(0, VB // BV, num_stages=1):
         column = iv * BV + tl.arange(0, BV)
         values = (t[:, None] < T) & (column < V)[None, :]
         place = ((row * T + t[:, None]) * H + h) * V + column[None, :]
+        Kt = rows_of(k, t, T, skt, K, KB)
         N = tl.load(fresh + place, mask=values, other=0.0)
         dR = tl.load(dv + place, mask=values, other=0.0)
         dO = tl.load(go + t[:, None].to(tl.int64) * sgt + column[None, :], mask=values, other=0.0)
@@ -122,6 +121,7 @@ def local(q, k, v, go, weight, total, rq, rk, kept, dkept, fresh, dv, through_k,
         tl.store(dv + place, dX.to(dv.dtype.element_ty), mask=values)
         if GATED:
             G = tl.load(dkept + states + column[:, None] * KB)
+            Q = rows_of(q, t, T, sqt, K, KB)
             read = tl.dot(Q, tl.trans(S), input_precision="ieee") * enter_q[:, None]
             entered += tl.sum(read * dO.to(tl.float32) - dX * held, 1)
             sent = tl.dot(Kt, tl.trans(G), input_precision="ieee") * leave_k[:, None]
@@ -131,6 +131,7 @@ def local(q, k, v, go, weight, total, rq, rk, kept, dkept, fresh, dv, through_k,
     D = tl.exp2(tl.minimum(b[:, None] - b[None, :], 0.0))
     dA = tl.where(i > j, -dA, 0.0) * D
     dP = tl.where(i >= j, dP, 0.0) * D
+    Kt = rows_of(k, t, T, skt, K, KB)
     kk = tl.dot(Kt, tl.trans(Kt), input_precision="ieee") * (r_k[:, None] * r_k[None, :])
     through = dA * kk
     dw += tl.sum(through, 1)
@@ -140,6 +141,7 @@ def local(q, k, v, go, weight, total, rq, rk, kept, dkept, fresh, dv, through_k,
     tl.store(square(through_q, (index * NC + c) * (C * C)), dP.to(through_q.dtype.element_ty))
     if GATED:
         through *= w[:, None]
+        Q = rows_of(q, t, T, sqt, K, KB)
         through += dP * tl.dot(Q, tl.trans(Kt), input_precision="ieee") * (r_q[:, None] * r_k[None, :])
         # Gate m stands in D_ij where j < m <= i; the diagonal has none.
         through = tl.where(i == j, 0.0, through)
@@ -167,12 +169,12 @@ def keys(q, k, go, total, rq, rk, kept, dkept, fresh, dv, through_k, through_q, 
     inside = (t[:, None] < T) & (d < K)
 
     acc = tl.zeros((C, KB), dtype=tl.float32)
-    for r in range(0, R):
+    for r in tl.range(0, R, num_stages=1):
         h = g * R + r
         index = row * H + h
         enter = tl.exp2(tl.load(total + index * (NC * C).to(tl.int64) + t))[:, None]
         states = kept + ((row * NC + c) * H + h) * (VB * KB) + d
-        for iv in tl.static_range(VB // BV):
+        for iv in tl.range(0, VB // BV, num_stages=1):
             column = iv * BV + tl.arange(0, BV)
             values = (t[:, None] < T) & (column < V)[None, :]
             dO = tl.load(
@@ -188,14 +190,14 @@ def keys(q, k, go, total, rq, rk, kept, dkept, fresh, dv, through_k, through_q, 
 
     qn = qn.to(kind)
     acc = tl.zeros((C, KB), dtype=tl.float32)
-    for r in range(0, R):
+    for r in tl.range(0, R, num_stages=1):
         h = g * R + r
         index = row * H + h
         b = tl.load(total + index * (NC * C).to(tl.int64) + t)
         bC = tl.load(total + index * (NC * C).to(tl.int64) + c * C + C - 1)
         enter, leave = -tl.exp2(b)[:, None], tl.exp2(bC - b)[:, None]
         states = ((row * NC + c) * H + h) * (VB * KB) + d
-        for iv in tl.static_range(VB // BV):
+        for iv in tl.range(0, VB // BV, num_stages=1):
             column = iv * BV + tl.arange(0, BV)
             values = (t[:, None] < T) & (column < V)[None, :]
             place = ((row * T + t[:, None]) * H + h) * V + column[None, :]

@@ -3,7 +3,7 @@
 Words: a chunk is C = 64 tokens in four blocks of 16; a segment of the plan is CPS chunks, one program's walk (not a
 document: documents are cut by ``starts``, which are gates of 2^-160). Rows of q and k are divided by their length by
 factors (rq, rk) that meet the products, so no normalised copy exists. States are held and stored transposed (v k), so
-that they and what comes of them are left operands, straight from registers; no accumulator is transposed into a product.
+that they and what comes of them are left operands, straight from registers: no accumulator is transposed for a product.
 
 Offsets are int64 wherever tokens, heads or states multiply.
 """
@@ -31,16 +31,23 @@ def square(x, offset):
 
 
 @triton.jit
-def _inverse_length(x, NORM: tl.constexpr):
-    y = tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
-    return tl.rsqrt(y + EPS) if NORM else y * 0.0 + 1.0
+def _length(x, out, t, T, stride, K: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr):
+    """The inverse length of rows, also stored."""
+    y = tl.zeros((16,), dtype=tl.float32) + 1.0
+    if NORM:
+        rows = rows_of(x, t, T, stride, K, KB).to(tl.float32)
+        y = tl.rsqrt(tl.sum(rows * rows, 1) + EPS)
+    tl.store(out, y)
+    return y
 
 
 @triton.jit
-def _product(x, k, bx, bk, rx, rk, DIAGONAL: tl.constexpr, LAST: tl.constexpr):
-    """x_i D_ij k_jᵀ of two blocks; on the DIAGONAL where j < i + LAST."""
+def _product(x, k, tx, tk, bx, bk, rx, rk, T, sx, sk, K: tl.constexpr, KB: tl.constexpr, DIAGONAL: tl.constexpr,
+             LAST: tl.constexpr):  # fmt: skip
+    """x_i D_ij k_jᵀ of tokens tx and tk, sixteen each; on the DIAGONAL where j < i + LAST."""
+    rows, columns = rows_of(x, tx, T, sx, K, KB), rows_of(k, tk, T, sk, K, KB)
     D = tl.exp2(tl.minimum(bx[:, None] - bk[None, :], 0.0))
-    A = tl.dot(x, tl.trans(k), input_precision="ieee") * (rx[:, None] * rk[None, :]) * D
+    A = tl.dot(rows, tl.trans(columns), input_precision="ieee") * (rx[:, None] * rk[None, :]) * D
     if DIAGONAL:
         A = tl.where(tl.arange(0, 16)[:, None] + LAST > tl.arange(0, 16)[None, :], A, 0.0)
     return A
@@ -105,81 +112,79 @@ def prepare(q, k, weight, gate, total, rq, rk, inverse, scores, T, H, R, NC, sqb
     tl.store(total + at + 32, b2)
     tl.store(total + at + 48, b3)
 
-    k0 = rows_of(k, t, T, skt, K, KB)
-    k1 = rows_of(k, t + 16, T, skt, K, KB)
-    k2 = rows_of(k, t + 32, T, skt, K, KB)
-    k3 = rows_of(k, t + 48, T, skt, K, KB)
-    r0, r1 = _inverse_length(k0, NORM), _inverse_length(k1, NORM)
-    r2, r3 = _inverse_length(k2, NORM), _inverse_length(k3, NORM)
-    tl.store(rk + at, r0)
-    tl.store(rk + at + 16, r1)
-    tl.store(rk + at + 32, r2)
-    tl.store(rk + at + 48, r3)
-
+    r0 = _length(k, rk + at, t, T, skt, K, KB, NORM)
+    r1 = _length(k, rk + at + 16, t + 16, T, skt, K, KB, NORM)
+    r2 = _length(k, rk + at + 32, t + 32, T, skt, K, KB, NORM)
+    r3 = _length(k, rk + at + 48, t + 48, T, skt, K, KB, NORM)
+    # Blocks of q and k are read again for each product: sixteen rows are soon there, and registers are few.
     none = tl.zeros((16, 16), dtype=tl.float32)
-    x = rows_of(q, t, T, sqt, K, KB)
-    rx = _inverse_length(x, NORM)
-    tl.store(rq + at, rx)
-    _put(scores, 0, 0, _product(x, k0, b0, b0, rx, r0, True, 1))
+    rx = _length(q, rq + at, t, T, sqt, K, KB, NORM)
+    A = _product(q, k, t, t, b0, b0, rx, r0, T, sqt, skt, K, KB, True, 1)
+    _put(scores, 0, 0, A)
     _put(scores, 0, 1, none)
     _put(scores, 0, 2, none)
     _put(scores, 0, 3, none)
-    x = rows_of(q, t + 16, T, sqt, K, KB)
-    rx = _inverse_length(x, NORM)
-    tl.store(rq + at + 16, rx)
-    _put(scores, 1, 0, _product(x, k0, b1, b0, rx, r0, False, 1))
-    _put(scores, 1, 1, _product(x, k1, b1, b1, rx, r1, True, 1))
+    rx = _length(q, rq + at + 16, t + 16, T, sqt, K, KB, NORM)
+    A = _product(q, k, t + 16, t, b1, b0, rx, r0, T, sqt, skt, K, KB, False, 1)
+    _put(scores, 1, 0, A)
+    A = _product(q, k, t + 16, t + 16, b1, b1, rx, r1, T, sqt, skt, K, KB, True, 1)
+    _put(scores, 1, 1, A)
     _put(scores, 1, 2, none)
     _put(scores, 1, 3, none)
-    x = rows_of(q, t + 32, T, sqt, K, KB)
-    rx = _inverse_length(x, NORM)
-    tl.store(rq + at + 32, rx)
-    _put(scores, 2, 0, _product(x, k0, b2, b0, rx, r0, False, 1))
-    _put(scores, 2, 1, _product(x, k1, b2, b1, rx, r1, False, 1))
-    _put(scores, 2, 2, _product(x, k2, b2, b2, rx, r2, True, 1))
+    rx = _length(q, rq + at + 32, t + 32, T, sqt, K, KB, NORM)
+    A = _product(q, k, t + 32, t, b2, b0, rx, r0, T, sqt, skt, K, KB, False, 1)
+    _put(scores, 2, 0, A)
+    A = _product(q, k, t + 32, t + 16, b2, b1, rx, r1, T, sqt, skt, K, KB, False, 1)
+    _put(scores, 2, 1, A)
+    A = _product(q, k, t + 32, t + 32, b2, b2, rx, r2, T, sqt, skt, K, KB, True, 1)
+    _put(scores, 2, 2, A)
     _put(scores, 2, 3, none)
-    x = rows_of(q, t + 48, T, sqt, K, KB)
-    rx = _inverse_length(x, NORM)
-    tl.store(rq + at + 48, rx)
-    _put(scores, 3, 0, _product(x, k0, b3, b0, rx, r0, False, 1))
-    _put(scores, 3, 1, _product(x, k1, b3, b1, rx, r1, False, 1))
-    _put(scores, 3, 2, _product(x, k2, b3, b2, rx, r2, False, 1))
-    _put(scores, 3, 3, _product(x, k3, b3, b3, rx, r3, True, 1))
+    rx = _length(q, rq + at + 48, t + 48, T, sqt, K, KB, NORM)
+    A = _product(q, k, t + 48, t, b3, b0, rx, r0, T, sqt, skt, K, KB, False, 1)
+    _put(scores, 3, 0, A)
+    A = _product(q, k, t + 48, t + 16, b3, b1, rx, r1, T, sqt, skt, K, KB, False, 1)
+    _put(scores, 3, 1, A)
+    A = _product(q, k, t + 48, t + 32, b3, b2, rx, r2, T, sqt, skt, K, KB, False, 1)
+    _put(scores, 3, 2, A)
+    A = _product(q, k, t + 48, t + 48, b3, b3, rx, r3, T, sqt, skt, K, KB, True, 1)
+    _put(scores, 3, 3, A)
 
-    w0, w1 = tl.load(weight + at)[:, None], tl.load(weight + at + 16)[:, None]
-    w2, w3 = tl.load(weight + at + 32)[:, None], tl.load(weight + at + 48)[:, None]
-    T00 = _inverse(w0 * _product(k0, k0, b0, b0, r0, r0, True, 0))
-    T11 = _inverse(w1 * _product(k1, k1, b1, b1, r1, r1, True, 0))
-    T22 = _inverse(w2 * _product(k2, k2, b2, b2, r2, r2, True, 0))
-    T33 = _inverse(w3 * _product(k3, k3, b3, b3, r3, r3, True, 0))
-    A10 = w1 * _product(k1, k0, b1, b0, r1, r0, False, 0)
-    T10 = -_times(T11, _times(A10, T00))
-    A20 = w2 * _product(k2, k0, b2, b0, r2, r0, False, 0)
-    A21 = w2 * _product(k2, k1, b2, b1, r2, r1, False, 0)
-    T21 = -_times(T22, _times(A21, T11))
-    T20 = -_times(T22, _times(A20, T00) + _times(A21, T10))
-    A30 = w3 * _product(k3, k0, b3, b0, r3, r0, False, 0)
-    A31 = w3 * _product(k3, k1, b3, b1, r3, r1, False, 0)
-    A32 = w3 * _product(k3, k2, b3, b2, r3, r2, False, 0)
-    T32 = -_times(T33, _times(A32, T22))
-    T31 = -_times(T33, _times(A31, T11) + _times(A32, T21))
-    T30 = -_times(T33, _times(A30, T00) + _times(A31, T10) + _times(A32, T20))
+    w0 = tl.load(weight + at)[:, None]
+    T00 = _inverse(w0 * _product(k, k, t, t, b0, b0, r0, r0, T, skt, skt, K, KB, True, 0))
     _put(inverse, 0, 0, T00)
     _put(inverse, 0, 1, none)
     _put(inverse, 0, 2, none)
     _put(inverse, 0, 3, none)
-    _put(inverse, 1, 0, T10)
+    w1 = tl.load(weight + at + 16)[:, None]
+    T11 = _inverse(w1 * _product(k, k, t + 16, t + 16, b1, b1, r1, r1, T, skt, skt, K, KB, True, 0))
     _put(inverse, 1, 1, T11)
     _put(inverse, 1, 2, none)
     _put(inverse, 1, 3, none)
-    _put(inverse, 2, 0, T20)
-    _put(inverse, 2, 1, T21)
+    A10 = w1 * _product(k, k, t + 16, t, b1, b0, r1, r0, T, skt, skt, K, KB, False, 0)
+    T10 = -_times(T11, _times(A10, T00))
+    _put(inverse, 1, 0, T10)
+    w2 = tl.load(weight + at + 32)[:, None]
+    T22 = _inverse(w2 * _product(k, k, t + 32, t + 32, b2, b2, r2, r2, T, skt, skt, K, KB, True, 0))
     _put(inverse, 2, 2, T22)
     _put(inverse, 2, 3, none)
-    _put(inverse, 3, 0, T30)
-    _put(inverse, 3, 1, T31)
-    _put(inverse, 3, 2, T32)
+    A20 = w2 * _product(k, k, t + 32, t, b2, b0, r2, r0, T, skt, skt, K, KB, False, 0)
+    A21 = w2 * _product(k, k, t + 32, t + 16, b2, b1, r2, r1, T, skt, skt, K, KB, False, 0)
+    T21 = -_times(T22, _times(A21, T11))
+    _put(inverse, 2, 1, T21)
+    T20 = -_times(T22, _times(A20, T00) + _times(A21, T10))
+    _put(inverse, 2, 0, T20)
+    w3 = tl.load(weight + at + 48)[:, None]
+    T33 = _inverse(w3 * _product(k, k, t + 48, t + 48, b3, b3, r3, r3, T, skt, skt, K, KB, True, 0))
     _put(inverse, 3, 3, T33)
+    A30 = w3 * _product(k, k, t + 48, t, b3, b0, r3, r0, T, skt, skt, K, KB, False, 0)
+    A31 = w3 * _product(k, k, t + 48, t + 16, b3, b1, r3, r1, T, skt, skt, K, KB, False, 0)
+    A32 = w3 * _product(k, k, t + 48, t + 32, b3, b2, r3, r2, T, skt, skt, K, KB, False, 0)
+    T32 = -_times(T33, _times(A32, T22))
+    _put(inverse, 3, 2, T32)
+    T31 = -_times(T33, _times(A31, T11) + _times(A32, T21))
+    _put(inverse, 3, 1, T31)
+    T30 = -_times(T33, _times(A30, T00) + _times(A31, T10) + _times(A32, T20))
+    _put(inverse, 3, 0, T30)
 
 
 @triton.jit
@@ -210,8 +215,8 @@ def walk(q, k, v, weight, total, rq, rk, inverse, scores, entry, o, fresh, kept,
     """Walk a segment: Ṽ = T β (V - γK S), O = γQ S + P Ṽ, S <- γ_C S + (D_Cj K)ᵀ Ṽ.
 
     SEGMENT 1: from zero without output; the state at the end goes to ``entry`` (b h s v k). Programs past the value
-    tiles, which are all in SEGMENT 2, walk columns of the identity without values: what the segment does to a state goes
-    to ``moves`` (b h s j k), transposed.
+    tiles, which are all in SEGMENT 2, walk columns of the identity without values: what the segment does to a state
+    goes to ``moves`` (b h s j k), transposed.
     KEEP: Ṽ and the state before each chunk go to ``fresh`` (b t h v) and ``kept`` (b n h v k).
     """
     VT: tl.constexpr = VB // BV
