@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqlong.kernels.dispatch import choose
+from seqlong.kernels.dispatch import Choice, choose
+from seqlong.kernels.runtime import triton_runs_on
 from seqlong.kernels.vector_decay.chunked import vector_decay_chunked
 from seqlong.kernels.vector_decay.inputs import check
+from seqlong.kernels.vector_decay.plan import candidates, works
 from seqlong.kernels.vector_decay.reference import vector_decay_reference
 
 OFFERED = {
+    "triton": "Triton kernels on this GPU",
     "chunked": "matrix products over chunks in torch, any device",
     "reference": "float64 loop over tokens",
 }
+#: Configurations that `seqlong doctor --tune` measures, the default first.
+CANDIDATES = candidates()
+#: Widest heads that the Triton kernels hold on chip.
+WIDEST = 128
+
+
+def why_not_triton(q: Tensor, v: Tensor, gate: Tensor, bonus: Tensor | None) -> str | None:
+    """None if the Triton kernels serve these inputs, else the reason why not."""
+    reason = triton_runs_on(v.device)
+    if reason is not None:
+        return reason
+    if v.dtype not in (torch.bfloat16, torch.float32) or q.dtype != v.dtype:
+        return f"Triton kernels are for bfloat16 and float32, not {q.dtype} with {v.dtype}"
+    if gate.dtype not in (torch.bfloat16, torch.float32):
+        return f"Triton kernels read gates in bfloat16 and float32, not {gate.dtype}"
+    if bonus is not None:
+        return "Triton kernels have no bonus"
+    if max(q.shape[3], v.shape[3]) > WIDEST:
+        return f"Triton kernels hold heads up to {WIDEST} wide, not {q.shape[3]} and {v.shape[3]}"
+    if not v.numel() or not q.numel():
+        return "an empty input"
+    return None
+
+
+def _choose(q: Tensor, v: Tensor, gate: Tensor, bonus: Tensor | None, implementation: str | None) -> Choice:
+    reason = why_not_triton(q, v, gate, bonus)
+    if reason is None and not works(q, v):
+        reason = "no configuration of the Triton kernels passed its check on this GPU"
+    if reason is None:
+        # Tensor cores have no float32: plain torch, with tf32 or without as its user set it, is as good there.
+        best = v.is_cuda and v.dtype != torch.float32
+        return choose("vector_decay", OFFERED, "triton" if best else "chunked", implementation)
+    if implementation == "triton":
+        raise ValueError(f"vector_decay cannot run in Triton: {reason}")
+    offered = {"chunked": f"{OFFERED['chunked']} ({reason})", "reference": OFFERED["reference"]}
+    return choose("vector_decay", offered, "chunked", implementation)
 
 
 def vector_decay(
@@ -62,9 +103,43 @@ def vector_decay(
     """
     check("vector_decay", q, k, v, gate, activation, divisor, lower_bound=lower_bound, bonus=bonus, starts=starts,
           initial_state=initial_state)  # fmt: skip
-    choice = choose("vector_decay", OFFERED, "chunked", implementation)
+    choice = _choose(q, v, gate, bonus, implementation)
+    if choice.implementation == "triton":
+        return _triton(q, k, v, gate, activation, divisor, lower_bound, starts, initial_state, reverse)
     inputs = (q, k, v, gate, activation, divisor, lower_bound, bonus, starts, initial_state, reverse)
     if choice.implementation == "reference":
         return vector_decay_reference(*inputs)
     output, final, _ = vector_decay_chunked(*inputs)
+    return output, final
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    gate: Tensor,
+    activation: str,
+    divisor: float,
+    lower_bound: Tensor | None,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Call the Triton op on widths that it can read, and cut its results to the caller's."""
+    from seqlong.kernels.vector_decay.triton import run
+
+    width, value_width = q.shape[3], v.shape[3]
+    per = 16 // min(v.element_size(), gate.element_size())
+    more, value_more = -width % per, -value_width % per
+    if more:
+        q, gate = F.pad(q, (0, more)), F.pad(gate, (0, more))
+        k = None if k is None else F.pad(k, (0, more))
+        lower_bound = None if lower_bound is None else F.pad(lower_bound, (0, more))
+    if value_more:
+        v = F.pad(v, (0, value_more))
+    if initial_state is not None and (more or value_more):
+        initial_state = F.pad(initial_state, (0, value_more, 0, more))
+    output, final = run(q, k, v, gate, activation, divisor, lower_bound, starts, initial_state, reverse)
+    if more or value_more:
+        output, final = output[..., :value_width], final[..., :width, :value_width]
     return output, final

@@ -1,0 +1,107 @@
+"""How vector_decay's Triton kernels are cut for a shape: chunk, tiles, warps and stages, programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from seqlong.kernels import tuning
+from seqlong.kernels.scalar_decay.plan import power
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One configuration; none depends on the length or the batch.
+
+    Attributes:
+        chunk: tokens of a chunk: 16, 32, 64 or 128.
+        programs_per_sm: segments are cut so that about this many programs fall to a multiprocessor.
+        value_tile: value columns of a program.
+        key_slice: channels that are worked on at once; the width is one, two or four of them.
+        run: chunks of a program in the gradients of q, k and gates.
+        states, forward, values, keys: ``10 * warps + stages`` of each kernel's loop.
+    """
+
+    chunk: int = 64
+    programs_per_sm: int = 4
+    value_tile: int = 64
+    key_slice: int = 32
+    run: int = 32
+    states: int = 42
+    forward: int = 42
+    values: int = 42
+    keys: int = 42
+
+    def launch(self, kernel: str) -> dict[str, int]:
+        """Launch arguments of a kernel: warps, and stages of its loop."""
+        value = getattr(self, kernel)
+        return {"num_warps": value // 10, "ST": value % 10}
+
+
+def default(dtype: torch.dtype, k: int, v: int) -> Plan:
+    """Safe on any GPU with 99 KiB of shared memory, the fastest nowhere; k and v are the tiles of the widths."""
+    wide = dtype == torch.float32
+    one = 41 if wide or max(k, v) > 64 else 42
+    return Plan(
+        chunk=32 if wide else 64,
+        value_tile=min(v, 64),
+        key_slice=min(k, 32),
+        states=one,
+        forward=one,
+        values=one,
+        keys=41,
+    )
+
+
+def settled(q: Tensor, v: Tensor) -> Plan | None:
+    """The plan for a call's type, widths and device: a tuned one, else the default; None if neither is right here.
+
+    The first use of a plan in a process is checked, see kernels/tuning.py.
+    """
+    config = tuning.settle(*asked(v.dtype, power(q.shape[3]), power(v.shape[3])), v.device)
+    return None if config is None else _plan(tuple(config.items()))
+
+
+def works(q: Tensor, v: Tensor) -> bool:
+    """Whether there is a plan; this, unlike the plan itself, a compiler can ask while it traces."""
+    return _works(v.dtype, power(q.shape[3]), power(v.shape[3]), v.device)
+
+
+@torch.compiler.assume_constant_result
+def _works(dtype: torch.dtype, k: int, v: int, device: torch.device) -> bool:
+    return tuning.settle(*asked(dtype, k, v), device) is not None
+
+
+@lru_cache
+def asked(dtype: torch.dtype, k: int, v: int) -> tuple[str, str, tuning.Config]:
+    """Op, key and default settings."""
+    return "vector_decay", tuning.key(dtype, k=k, v=v), dict(asdict(default(dtype, k, v)))
+
+
+@lru_cache
+def _plan(settings: tuple[tuple[str, int], ...]) -> Plan:
+    return Plan(**dict(settings))
+
+
+def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
+    """Op -> key -> configurations worth measuring for the shapes that models use, the default first."""
+    found: dict[str, list[tuning.Config]] = {}
+    for k, v in ((64, 64), (128, 128), (64, 128)):
+        first = default(torch.bfloat16, k, v)
+        tried = [
+            first,
+            replace(first, states=43, forward=43, values=43, keys=42),
+            replace(first, states=43, forward=42, values=42, keys=43),
+            replace(first, states=42, forward=41, values=41, keys=41),
+            replace(first, forward=82, values=82, keys=82),
+            replace(first, programs_per_sm=8),
+            replace(first, programs_per_sm=2),
+            replace(first, chunk=32),
+            replace(first, run=128),
+            replace(first, run=4),
+        ]
+        found[tuning.key(torch.bfloat16, k=k, v=v)] = [dict(asdict(plan)) for plan in tried]
+    return {"vector_decay": found}
