@@ -3,7 +3,8 @@
 A step is forward, loss, backward and AdamW on random tokens, with float32 weights under bfloat16 autocast, for all.
 All compute each block again in the backward pass. ``mamba2_370m`` is 48 Mamba2 blocks of width 1,024 with a vocabulary
 of 50,280, as published; ``mamba2_370m_dna`` the same with 16 symbols (317 M parameters). fla's model has its own fused
-loss; transformers' would hold all logits, so it gets our loss. Each contender runs in a process of its own.
+loss; transformers' would hold all logits, so it gets our loss. Each contender runs in a process of its own. With
+``tiled``, for the longest rows, our residual stream is in bfloat16, as fla's always is.
 
     seqlong bench long_steps                     131,072 positions
     seqlong bench long_steps --longest           and double the length until our models no longer fit
@@ -74,6 +75,7 @@ def ours(model: str, checkpointing: str) -> tuple[nn.Module, Loss]:
         config = BackboneConfig(
             vocab_size=MODELS[model], d_model=width, pattern="m", mixers={"m": partial(Mamba2, d_state=128)},
             layers=layers, ffn=None, checkpointing=checkpointing,  # type: ignore[arg-type]
+            residual_in_fp32=checkpointing != "tiled",
         )  # fmt: skip
     backbone = Backbone(config)
     head = LanguageHead(width, MODELS[model], backbone.embedding)
@@ -99,7 +101,8 @@ def _from_yaml(model: str, layers: int, width: int, checkpointing: str) -> Backb
 
     mixers = {letter: factory(said) for letter, said in settings["mixers"].items()}
     settings.update(
-        mixers=mixers, ffn=factory(settings["ffn"]), layers=layers, d_model=width, checkpointing=checkpointing
+        mixers=mixers, ffn=factory(settings["ffn"]), layers=layers, d_model=width, checkpointing=checkpointing,
+        residual_in_fp32=checkpointing != "tiled",
     )
     return BackboneConfig(**settings)
 

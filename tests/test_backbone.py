@@ -165,3 +165,26 @@ def test_a_row_of_131072_tokens_goes_forward_and_backward_in_tiles() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     near = model(SequenceBatch(tokens=tokens[:, -3000:])).hidden  # Mamba2 at its initial rates has forgotten the rest
     torch.testing.assert_close(hidden[:, -50:], near[:, -50:], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block", "tiled"])
+def test_a_residual_stream_in_half_precision(checkpointing: str) -> None:
+    """Every block sees bfloat16 under autocast, and the same weights give nearly the same; else nothing changes."""
+    outputs = {}
+    for whole in (True, False):
+        torch.manual_seed(0)
+        config = BackboneConfig(vocab_size=16, d_model=32, pattern="mma", mixers=MIXERS, tile=8,
+                                checkpointing=checkpointing, residual_in_fp32=whole)  # type: ignore[arg-type] # fmt: skip
+        backbone = Backbone(config)
+        seen: list[torch.dtype] = []
+        for block in backbone._blocks():
+            block.mixer_norm.register_forward_hook(lambda _module, given, _out, seen=seen: seen.append(given[0].dtype))
+        batch = SequenceBatch(tokens=torch.randint(0, 16, (2, 20), generator=torch.Generator().manual_seed(1)))
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs[whole] = backbone(batch).hidden
+        assert set(seen) == {torch.float32 if whole else torch.bfloat16}
+        outputs[whole].float().square().sum().backward()
+        assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in backbone.parameters())
+        assert backbone(batch).hidden.dtype == torch.float32
+    difference = (outputs[True].float() - outputs[False].float()).norm() / outputs[True].float().norm()
+    assert 0 < difference < 2e-2
