@@ -7,14 +7,51 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqlong.kernels.delta_rule.dplr_chunked import dplr_chunked
+from seqlong.kernels.delta_rule.dplr_plan import candidates, works
 from seqlong.kernels.delta_rule.dplr_reference import dplr_reference
-from seqlong.kernels.dispatch import choose
+from seqlong.kernels.dispatch import Choice, choose
 from seqlong.kernels.precision import accumulation, as_written
+from seqlong.kernels.runtime import triton_runs_on
 
 OFFERED = {
+    "triton": "Triton kernels on this GPU",
     "chunked": "matrix products over chunks in torch, any device",
     "reference": "float64 loop over tokens",
 }
+
+#: Widest heads that the Triton kernels hold on chip.
+WIDEST = 64
+#: Configurations that `seqlong doctor --tune` measures, the default first.
+CANDIDATES = candidates()
+
+
+def why_not_triton(q: Tensor, *others: Tensor) -> str | None:
+    """None if the Triton kernels serve q and k, v, a, b, else the reason why not."""
+    v = others[1]
+    reason = triton_runs_on(v.device)
+    if reason is not None:
+        return reason
+    if v.dtype not in (torch.bfloat16, torch.float32) or any(x.dtype != q.dtype for x in others):
+        return f"Triton kernels are for bfloat16 and float32 throughout, not {q.dtype} with {v.dtype}"
+    if max(q.shape[3], v.shape[3]) > WIDEST:
+        return f"Triton kernels hold heads up to {WIDEST} wide, not {q.shape[3]} and {v.shape[3]}"
+    if not v.numel() or not q.numel():
+        return "an empty input"
+    return None
+
+
+def _choose(implementation: str | None, *inputs: Tensor) -> Choice:
+    q, _, v = inputs[:3]
+    reason = why_not_triton(*inputs)
+    if reason is None and not works(q, v):
+        reason = "no configuration of the Triton kernels passed its check on this GPU"
+    if reason is None:
+        best = v.is_cuda and v.dtype != torch.float32
+        return choose("dplr", OFFERED, "triton" if best else "chunked", implementation)
+    if implementation == "triton":
+        raise ValueError(f"dplr cannot run in Triton: {reason}")
+    offered = {"chunked": f"{OFFERED['chunked']} ({reason})", "reference": OFFERED["reference"]}
+    return choose("dplr", offered, "chunked", implementation)
 
 
 def check(
@@ -83,24 +120,29 @@ def dplr(
         starts: True where the state starts afresh before the token; in reverse, before it in reading from the right.
         initial_state: the state before the first token read; zero if None.
         reverse: read from right to left.
-        implementation: ``chunked`` or ``reference``; None lets dispatch choose.
+        implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose.
 
     Returns:
         The output in v's type and the state after the last token read, in float32 (float64 if v is).
 
     Raises:
-        ValueError: shapes or types do not fit, or there is no such implementation.
+        ValueError: shapes or types do not fit, or the implementation asked for cannot serve the inputs.
 
     Source: arXiv 2503.14456.
     """
     check("dplr", q, k, v, a, b, log_decay, ("initial_state", initial_state), {"starts": starts})
-    choice = choose("dplr", OFFERED, "chunked", implementation)
+    choice = _choose(implementation, q, k, v, a, b)
     if choice.implementation == "reference":
         return dplr_reference(q, k, v, a, b, log_decay, starts, initial_state, reverse)
     if reverse:
         q, k, v, a, b, log_decay = (x.flip(1) for x in (q, k, v, a, b, log_decay))
         starts = None if starts is None else starts.flip(1)
-    output, final, _ = dplr_chunked(q, k, v, a, b, log_decay, starts, initial_state)
+    if choice.implementation == "triton":
+        from seqlong.kernels.delta_rule.dplr_triton import dplr_triton
+
+        output, final, *_ = dplr_triton(q, k, v, a, b, log_decay, starts, initial_state)
+    else:
+        output, final, _ = dplr_chunked(q, k, v, a, b, log_decay, starts, initial_state)
     return output.flip(1) if reverse else output, final
 
 

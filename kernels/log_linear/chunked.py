@@ -345,8 +345,6 @@ def log_linear_chunked_backward(
         found, grad = _backward_block(
             part, plan, entries[index][:, :, plan.slots], incoming, grad_stack[:, :, plan.slots]
         )
-        if count is None:
-            grad_stack = torch.zeros_like(grad_stack)  # buckets that no token of the row has entered
         grad_stack[:, :, plan.slots] = grad
         for place, (result, piece) in enumerate(zip(grads, found, strict=True)):
             if piece is None:

@@ -1,0 +1,81 @@
+"""How dplr's Triton kernels are cut for a shape: chunk, value tile, warps and stages."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from seqlong.kernels import tuning
+from seqlong.kernels.scalar_decay.plan import power
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One configuration; none depends on the length or the batch.
+
+    Attributes:
+        chunk: tokens of a chunk, a power of two of at least 16.
+        value_tile: value columns of a program of the walk.
+        matrix_warps, output_warps, read_warps, gradient_warps: of the kernels with one program a chunk.
+        walk: ``10 * warps + stages`` of the walk.
+    """
+
+    chunk: int = 32
+    value_tile: int = 32
+    matrix_warps: int = 4
+    output_warps: int = 4
+    read_warps: int = 4
+    gradient_warps: int = 8
+    walk: int = 42
+
+
+def default(dtype: torch.dtype, k: int, v: int) -> Plan:
+    """Safe on any GPU with 99 KiB of shared memory; k and v are the tiles of the widths."""
+    return Plan(value_tile=min(v, 32), chunk=16 if dtype == torch.float32 else 32,
+                walk=41 if dtype == torch.float32 else 42)  # fmt: skip
+
+
+def settled(q: Tensor, v: Tensor) -> Plan | None:
+    """The plan for a call's type, widths and device: a tuned one, else the default; None if neither is right here."""
+    config = tuning.settle(*_asked(v.dtype, power(q.shape[3]), power(v.shape[3])), v.device)
+    return None if config is None else _plan(tuple(config.items()))
+
+
+def works(q: Tensor, v: Tensor) -> bool:
+    """Whether there is a plan; this, unlike the plan itself, a compiler can ask while it traces."""
+    return _works(v.dtype, power(q.shape[3]), power(v.shape[3]), v.device)
+
+
+@torch.compiler.assume_constant_result
+def _works(dtype: torch.dtype, k: int, v: int, device: torch.device) -> bool:
+    return tuning.settle(*_asked(dtype, k, v), device) is not None
+
+
+@lru_cache
+def _asked(dtype: torch.dtype, k: int, v: int) -> tuple[str, str, tuning.Config]:
+    """Op, key and default settings."""
+    return "dplr", tuning.key(dtype, k=k, v=v), dict(asdict(default(dtype, k, v)))
+
+
+@lru_cache
+def _plan(settings: tuple[tuple[str, int], ...]) -> Plan:
+    return Plan(**dict(settings))
+
+
+def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
+    """Op -> key -> configurations worth measuring for the shapes that models use, the default first."""
+    first = default(torch.bfloat16, 64, 64)
+    tried = [
+        first,
+        replace(first, walk=43),
+        replace(first, walk=44, value_tile=16),
+        replace(first, walk=23, value_tile=16),
+        replace(first, matrix_warps=2, output_warps=2),
+        replace(first, gradient_warps=4),
+        replace(first, chunk=16),
+        replace(first, chunk=64, matrix_warps=8, output_warps=8, read_warps=8),
+    ]
+    return {"dplr": {tuning.key(torch.bfloat16, k=64, v=64): [dict(asdict(plan)) for plan in tried]}}
