@@ -109,6 +109,67 @@ def _ssd(draw: Draw) -> Inputs:
     return Inputs(learned, fixed)
 
 
+def _packed(draw: Draw, given: Inputs, *state: int) -> Inputs:
+    """The case ``packed``: segments, and a state of that shape before them."""
+    if draw.case == "packed":
+        given.fixed["starts"] = draw.starts()
+        given.learned["initial_state"] = draw.normal(*state, dtype=torch.float32)
+    return given
+
+
+def _unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x.float(), dim=-1).to(x.dtype)
+
+
+def _vector_decay(draw: Draw) -> Inputs:
+    (b, t), (h, k, v) = (draw.rows, draw.length), (draw.sizes[name] for name in ("h", "k", "v"))
+    learned = {"q": draw.normal(b, t, h, k), "k": draw.normal(b, t, h, k, scale=k**-0.5), "v": draw.normal(b, t, h, v)}
+    fixed: dict[str, Any] = {"activation": "logsigmoid", "divisor": 16.0}
+    if draw.case == "lower_bound":
+        fixed = {"k": None, "activation": "lower_bound"}
+        learned.pop("k")
+        learned["lower_bound"] = draw.normal(h, k, dtype=torch.float32).sigmoid() / 2
+    return _packed(draw, Inputs({**learned, "gate": draw.normal(b, t, h, k)}, fixed), b, h, k, v)
+
+
+def _delta_rule(draw: Draw) -> Inputs:
+    (b, t), (g, h, k, v) = (draw.rows, draw.length), (draw.sizes[name] for name in ("g", "h", "k", "v"))
+    learned = {"q": draw.normal(b, t, g, k), "k": draw.normal(b, t, g, k), "v": draw.normal(b, t, h, v),
+               "beta": draw.normal(b, t, h)}  # fmt: skip
+    gate = {"no_gate": (), "channels": (b, t, h, k)}.get(draw.case, (b, t, h))
+    if gate:
+        learned["gate"] = -torch.nn.functional.softplus(draw.normal(*gate, shift=-2.0, dtype=torch.float32))
+    return _packed(draw, Inputs(learned, {"normalize": True, "beta_activation": "sigmoid"}), b, h, k, v)
+
+
+def _dplr(draw: Draw) -> Inputs:
+    (b, t), (h, k, v) = (draw.rows, draw.length), (draw.sizes[name] for name in ("h", "k", "v"))
+    key = _unit(draw.normal(b, t, h, k))
+    learned = {
+        "q": draw.normal(b, t, h, k), "k": draw.normal(b, t, h, k, scale=k**-0.5), "v": draw.normal(b, t, h, v),
+        "a": -key, "b": (key * draw.normal(b, t, h, k).sigmoid()).to(draw.dtype),
+        "log_decay": (-0.6065 * draw.normal(b, t, h, k).sigmoid()).to(draw.dtype),
+    }  # fmt: skip
+    return _packed(draw, Inputs(learned), b, h, k, v)
+
+
+def _log_linear(draw: Draw) -> Inputs:
+    given = _scalar_decay(draw)
+    given.learned.pop("initial_state", None)
+    (b, t), h = (draw.rows, draw.length), draw.sizes["h"]
+    given.learned["levels"] = draw.normal(b, t, h, t.bit_length() + 1).sigmoid()
+    if draw.case == "delta":
+        given.learned["k"] = _unit(given.learned["k"])
+        given.learned["beta"] = draw.normal(b, t, h).sigmoid()
+    return given
+
+
+def _grouped_matmul(draw: Draw) -> Inputs:
+    rows, (e, d, y) = draw.rows * draw.length, (draw.sizes[name] for name in ("e", "d", "y"))
+    cuts = draw.integers(0, rows + 1, e).sort().values
+    return Inputs({"x": draw.normal(rows, d), "weight": draw.normal(e, d, y, scale=d**-0.5)}, {"ends": cuts.int()})
+
+
 def _short_conv(draw: Draw) -> Inputs:
     (b, t), (d, w) = (draw.rows, draw.length), (draw.sizes["d"], draw.sizes["w"])
     learned = {"x": draw.normal(b, t, d), "weight": draw.normal(d, w, scale=0.5), "bias": draw.normal(d)}
@@ -201,6 +262,17 @@ PROBES = {
               {"g": 16, "h": 16, "k": 64, "v": 64}, ("plain", "packed"), widths=_groups),
         Probe("ssd", _DECAY, _ssd, ("y", "final"), {"g": 1, "h": 2, "k": 128, "v": 64},
               {"g": 1, "h": 32, "k": 128, "v": 64}, ("plain", "packed")),
+        Probe("vector_decay", "seqlong.kernels.vector_decay", _vector_decay, ("o", "final"), {"h": 2, "k": 64, "v": 64},
+              {"h": 16, "k": 64, "v": 64}, ("plain", "packed", "lower_bound")),
+        Probe("delta_rule", "seqlong.kernels.delta_rule", _delta_rule, ("o", "final"),
+              {"g": 2, "h": 2, "k": 64, "v": 64}, {"g": 8, "h": 8, "k": 128, "v": 128},
+              ("plain", "packed", "no_gate", "channels")),
+        Probe("dplr", "seqlong.kernels.delta_rule", _dplr, ("o", "final"), {"h": 2, "k": 64, "v": 64},
+              {"h": 16, "k": 64, "v": 64}, ("plain", "packed")),
+        Probe("log_linear", "seqlong.kernels.log_linear", _log_linear, ("o",), {"g": 1, "h": 2, "k": 32, "v": 32},
+              {"g": 1, "h": 16, "k": 64, "v": 64}, ("plain", "packed", "delta")),
+        Probe("grouped_matmul", "seqlong.kernels.grouped_matmul", _grouped_matmul, ("y",), {"e": 3, "d": 64, "y": 72},
+              {"e": 64, "d": 1024, "y": 512}),
         Probe("short_conv", "seqlong.kernels.short_conv", _short_conv, ("y", "state"), {"d": 72, "w": 4},
               {"d": 2304, "w": 4}, ("plain", "packed")),
         Probe("rms_norm", _NORM, _rms_norm, ("y",), {"d": 136}, {"d": 1024}),

@@ -204,11 +204,14 @@ def own_file(device: torch.device | str) -> Path:
     named = os.environ.get(VARIABLE)
     if named:
         return Path(named)
+    return _folder() / f"{gpu_slug(_name(_indexed(device)))}.json"
+
+
+def _folder() -> Path:
+    """Where files of this user's machine are kept."""
     if cache := os.environ.get("SEQLONG_CACHE"):
-        folder = Path(cache)
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqlong"
-    return folder / "tuned" / f"{gpu_slug(_name(_indexed(device)))}.json"
+        return Path(cache) / "tuned"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqlong" / "tuned"
 
 
 def gpu_slug(name: str) -> str:
@@ -421,7 +424,7 @@ def in_short(error: Exception) -> str:
 def _memory(op: str, device: torch.device) -> Path:
     """The file of the verdicts that hold for this op in this environment."""
     digest = hashlib.sha256(json.dumps(_environment(op, device), sort_keys=True).encode()).hexdigest()[:16]
-    return own_file(device).parent / "checked" / f"{op}-{digest}.json"
+    return _folder() / "checked" / f"{op}-{digest}.json"
 
 
 def _environment(op: str, device: torch.device) -> dict[str, str]:

@@ -29,6 +29,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "tuned" / "own.json"
     path.parent.mkdir()
     monkeypatch.setenv(tuning.VARIABLE, str(path))
+    monkeypatch.setenv("SEQLONG_CACHE", str(tmp_path))
     path.write_text("{}")
     new_process()
     yield path
@@ -278,9 +279,9 @@ def test_settles_while_a_compiler_traces(own: Path) -> None:
 
 def test_nothing_is_checked_while_a_graph_is_recorded(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check = Checker(lambda config: True)
-    monkeypatch.setattr(tuning, "_busy", lambda device: True)
-    assert settle("op", KEY, DEFAULT, "cpu", check) == DEFAULT
-    monkeypatch.undo()
+    with monkeypatch.context() as recorded:
+        recorded.setattr(tuning, "_busy", lambda device: True)
+        assert settle("op", KEY, DEFAULT, "cpu", check) == DEFAULT
     assert check.seen == []
     with pytest.warns(RuntimeWarning):
         assert settle("op", KEY, DEFAULT, "cpu", check) is None, "and it was not remembered"
