@@ -44,14 +44,13 @@ SIZES: list[tuple[tuple[int, ...], str, str, int, torch.dtype]] = [
     ((2, 1, 1, 16, 24), "usual", "none", 16, torch.float32),
     ((1, 2, 2, 20, 16), "rwkv7", "some", 16, torch.float32),
     ((1, 17, 1, 16, 16), "forgets", "none", 16, torch.float32),
-    ((1, 35, 2, 16, 33), "mixed", "some", 16, torch.float32),
+    ((1, 35, 1, 16, 33), "mixed", "some", 16, torch.float32),
     ((1, 33, 1, 16, 16), "strong", "first", 32, torch.float32),
-    ((1, 64, 1, 64, 64), "rwkv7", "none", 32, torch.float32),
-    ((1, 70, 1, 16, 16), "none", "every", 32, torch.float32),
-    ((1, 97, 2, 16, 16), "usual", "some", 32, torch.float32),
-    ((1, 130, 1, 16, 16), "usual", "some", 64, torch.float32),
-    ((1, 66, 1, 64, 64), "rwkv7", "some", 32, torch.bfloat16),
-    ((1, 130, 1, 16, 16), "none", "none", 64, torch.bfloat16),
+    ((1, 33, 1, 64, 64), "rwkv7", "none", 32, torch.float32),
+    ((1, 20, 1, 16, 16), "none", "every", 16, torch.float32),
+    ((1, 66, 1, 16, 16), "usual", "some", 64, torch.float32),
+    ((1, 35, 1, 64, 64), "rwkv7", "some", 32, torch.bfloat16),
+    ((1, 33, 1, 16, 16), "none", "none", 32, torch.bfloat16),
 ]
 
 
@@ -80,7 +79,7 @@ def test_it_is_its_definition(
 
 def test_in_reverse_and_without_a_state(device: str) -> None:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    inputs = {n: x for n, x in draw(1, 37, 1, 16, 16, dtype=dtype).items() if n != "initial_state"}
+    inputs = {n: x for n, x in draw(1, 19, 1, 16, 16, dtype=dtype).items() if n != "initial_state"}
     exact = results(in_double(inputs), reverse=True, implementation="reference")
     moved = {name: x.detach().to(device).requires_grad_() for name, x in inputs.items()}
     found = results(moved, reverse=True, implementation="triton")
@@ -89,7 +88,7 @@ def test_in_reverse_and_without_a_state(device: str) -> None:
 
 def test_views_are_read_where_they_lie_or_copied(device: str) -> None:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    inputs = {name: x.detach().to(device) for name, x in draw(1, 40, 2, 16, 16, dtype=dtype).items()}
+    inputs = {name: x.detach().to(device) for name, x in draw(1, 17, 2, 16, 16, dtype=dtype).items()}
     expected, _ = dplr(**inputs, implementation="triton")
     wide = {n: torch.full((*x.shape[:-1], 48), torch.nan, dtype=x.dtype, device=device) for n, x in inputs.items()}
     for name, x in inputs.items():
@@ -100,7 +99,8 @@ def test_views_are_read_where_they_lie_or_copied(device: str) -> None:
 
 def test_twice_is_the_same_bit_by_bit(device: str) -> None:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    inputs = {n: x.detach().to(device).requires_grad_() for n, x in draw(2, 70, 2, 16, 16, dtype=dtype).items()}
+    sizes = (1, 20, 1, 16, 16) if device == "cpu" else (2, 700, 3, 64, 64)
+    inputs = {n: x.detach().to(device).requires_grad_() for n, x in draw(*sizes, dtype=dtype).items()}
     one, two = (results(inputs, implementation="triton") for _ in range(2))
     for name, x in one.items():
         assert torch.equal(x, two[name]), name

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from seqlong.kernels.delta_rule.dplr_plan import Plan, power, settled
-from seqlong.kernels.delta_rule.dplr_triton_backward import gradients, reads
+from seqlong.kernels.delta_rule.dplr_triton_backward import column_gradients, reads, row_gradients
 from seqlong.kernels.delta_rule.dplr_triton_kernels import matrices, outputs, walk
 from seqlong.kernels.precision import as_written
 
@@ -148,10 +147,17 @@ def dplr_triton_backward(
         *inputs, marks, inverses, kept, adjoints, grad, values, received, grads[2], *call.lengths, **call.tiles,
         STARTS=call.starts, num_warps=call.plan.read_warps,
     )  # fmt: skip
-    gradients[call.grid](
-        *inputs, marks, kept, adjoints, final, grad, values, received, grads[0], grads[1], *grads[3:], *call.lengths,
-        **call.tiles, STARTS=call.starts, num_warps=call.plan.gradient_warps,
+    # Sums of the log-decay's gradient are in float32, whatever its type.
+    change = torch.empty_like(inputs[5], dtype=torch.float32)
+    shared = {**call.tiles, "STARTS": call.starts, "num_warps": call.plan.gradient_warps}
+    row_gradients[call.grid](
+        *inputs, marks, kept, grad, values, received, grads[0], grads[3], change, *call.lengths, **shared
+    )
+    column_gradients[call.grid](
+        *inputs, marks, kept, adjoints, final, grad, values, received, grads[1], grads[4], change, *call.lengths,
+        **shared,
     )  # fmt: skip
+    grads[5] = change.to(log_decay.dtype)
     return (*grads, grad_initial)  # type: ignore[return-value]
 
 

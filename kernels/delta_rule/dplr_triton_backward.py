@@ -9,7 +9,7 @@ from seqlong.kernels.delta_rule.dplr_triton_kernels import (
     PIECE,
     level,
     near,
-    product,
+    onto,
     read,
     segments,
     served,
@@ -38,12 +38,32 @@ def reads(q, k, v, a, b, gate, starts, inverses, states, adjoints, grad, values,
     A = tl.where((mark == 0)[:, None], A, 0.0).to(type)
     KK = read(k, row, h, t0, T, H, K, C, KB)
     VV = read(v, row, h, t0, T, H, V, C, VB)
+    Q = read(q, row, h, t0, T, H, K, C, KB)
+    B = read(b, row, h, t0, T, H, K, C, KB)
+    ak = tl.zeros((C, C), dtype=tl.float32)
+    ka = tl.zeros((C, C), dtype=tl.float32)
+    bq = tl.zeros((C, C), dtype=tl.float32)
+    kq = tl.zeros((C, C), dtype=tl.float32)
+    for step in tl.static_range(6):
+        if (PIECE << step) <= C:
+            current, earlier, column = level(total, before, PIECE << step, C)
+            rows, reading = (Q * current).to(type), (A * earlier).to(type)
+            writing = (KK * column).to(type)
+            bq = onto(bq, (B * column).to(type), rows, PIECE << step, C, True)
+            kq = onto(kq, writing, rows, PIECE << step, C, True)
+            ka = onto(ka, writing, reading, PIECE << step, C, True)
+            ak = onto(ak, reading, writing, PIECE << step, C, False)
+    past = near(segment, C, False, True)
+    ak = tl.where(near(segment, C, True, False), ak, 0.0).to(type)
+    ka = tl.where(near(segment, C, True, True), ka, 0.0).to(type)
+    bq = tl.where(past, bq, 0.0).to(type)
+    kq = tl.where(past, kq, 0.0).to(type)
+
     square = index * (C * C)
     S = tl.load(states + index * (KB * VB) + dk[:, None] * VB + dv[None, :]).to(type)
     first = (segment == 0)[:, None]
     U = tl.dot(tl.where(first, A * tl.exp(before), 0.0).to(type), S, input_precision="ieee")
-    scores = product(A, KK, total, before, near(segment, C, True, False), C, False).to(type)
-    U = tl.dot(scores, VV, U, input_precision="ieee").to(type)
+    U = tl.dot(ak, VV, U, input_precision="ieee").to(type)
     solve = tl.load(inverses + square + i[:, None] * C + i[None, :]).to(type)
     U = tl.dot(solve, U, input_precision="ieee")
     write(values, U, row, h, t0, T, H, V, C, VB)
@@ -51,52 +71,79 @@ def reads(q, k, v, a, b, gate, starts, inverses, states, adjoints, grad, values,
     G = read(grad, row, h, t0, T, H, V, C, VB)
     D = tl.load(adjoints + index * (KB * VB) + dk[:, None] * VB + dv[None, :]).to(type)
     leave = tl.where((segment == last)[:, None], tl.exp(whole[None, :] - total), 0.0)
-    B = read(b, row, h, t0, T, H, K, C, KB)
-    Q = read(q, row, h, t0, T, H, K, C, KB)
-    past = near(segment, C, False, True)
     R = tl.dot((B * leave).to(type), D, input_precision="ieee")
-    R = tl.dot(product(Q, B, total, total, past, C, True).to(type), G, R, input_precision="ieee").to(type)
+    R = tl.dot(bq, G, R, input_precision="ieee").to(type)
     turned = tl.load(inverses + square + i[None, :] * C + i[:, None]).to(type)
-    R = tl.dot(turned, R, input_precision="ieee")
+    R = tl.dot(turned, R, input_precision="ieee").to(type)
     write(received, R, row, h, t0, T, H, V, C, VB)
-    R = R.to(type)
     W = tl.dot((KK * leave).to(type), D, input_precision="ieee")
-    W = tl.dot(product(Q, KK, total, total, past, C, True).to(type), G, W, input_precision="ieee")
-    later = near(segment, C, True, True)
-    W = tl.dot(product(A, KK, total, before, later, C, True).to(type), R, W, input_precision="ieee")
+    W = tl.dot(kq, G, W, input_precision="ieee")
+    W = tl.dot(ka, R, W, input_precision="ieee")
     write(grad_v, W, row, h, t0, T, H, V, C, VB)
 
 
 @triton.jit
-def row_gradient(found, left, right, mask, y, total, rows, C: tl.constexpr):
-    """found += Σ_j (left_i · right_j) y_j ⊙ decay over the pairs of the mask; left and right are (C, VB)."""
-    pairs = tl.where(mask, tl.dot(left, tl.trans(right), input_precision="ieee"), 0.0)
-    for step in tl.static_range(6):
-        if (PIECE << step) <= C:
-            row, column = level(total, rows, PIECE << step, C)
-            here = tl.where(served(PIECE << step, C, False), pairs, 0.0).to(y.dtype)
-            found += tl.dot(here, (y * column).to(y.dtype), input_precision="ieee") * row
-    return found
+def pairs(x, y, mask):
+    """x yᵀ where the mask is set, else 0; x and y are (C, VB)."""
+    return tl.where(mask, tl.dot(x, tl.trans(y), input_precision="ieee"), 0.0)
 
 
 @triton.jit
-def column_gradient(found, left, right, mask, x, total, rows, C: tl.constexpr):
-    """found += Σ_i (left_j · right_i) x_i ⊙ decay over the pairs of the mask, turned: row j, column i."""
-    pairs = tl.where(mask, tl.dot(left, tl.trans(right), input_precision="ieee"), 0.0)
-    for step in tl.static_range(6):
-        if (PIECE << step) <= C:
-            row, column = level(total, rows, PIECE << step, C)
-            here = tl.where(served(PIECE << step, C, True), pairs, 0.0).to(x.dtype)
-            found += tl.dot(here, (x * row).to(x.dtype), input_precision="ieee") * column
-    return found
+def through(weights, x, SIZE: tl.constexpr, C: tl.constexpr, TURNED: tl.constexpr):
+    """The level's part of ``weights`` (C, C), times x (C, KB)."""
+    return tl.dot(tl.where(served(SIZE, C, TURNED), weights, 0.0).to(x.dtype), x, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
-def gradients(q, k, v, a, b, gate, starts, states, adjoints, final, grad, values, received, grad_q, grad_k, grad_a,
-              grad_b, grad_g, T, H, N,
-              K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
-              STARTS: tl.constexpr):  # fmt: skip
-    """One chunk's gradients of q, k, a, b and of the log-decay, one after another: each needs but a few tiles."""
+def row_gradients(q, k, v, a, b, gate, starts, states, grad, values, received, grad_q, grad_a, grad_g, T, H, N,
+                  K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
+                  STARTS: tl.constexpr):  # fmt: skip
+    """One chunk's gradients of q and a; ``grad_g`` gets what rows change of the running sum of the log-decay."""
+    pid = tl.program_id(0)
+    n = pid % N
+    h = (pid // N) % H
+    row = (pid // N // H).to(tl.int64)
+    t0 = (n * C).to(tl.int64)
+    index = (row * H + h) * N + n
+    type = k.dtype.element_ty
+    total, before, _ = sums(gate, row, h, t0, T, H, K, C, KB)
+    mark, segment = segments(starts, row, t0, T, C, STARTS)
+    dk, dv = tl.arange(0, KB), tl.arange(0, VB)
+    first = (segment == 0)[:, None]
+    past, strict = near(segment, C, False, False), near(segment, C, True, False)
+    G = read(grad, row, h, t0, T, H, V, C, VB)
+    U = read(values, row, h, t0, T, H, V, C, VB)
+    R = read(received, row, h, t0, T, H, V, C, VB)
+    VV = read(v, row, h, t0, T, H, V, C, VB)
+    qb, qk, ab, ak = pairs(G, U, past), pairs(G, VV, past), pairs(R, U, strict), pairs(R, VV, strict)
+    ST = tl.load(states + index * (KB * VB) + dk[None, :] * VB + dv[:, None]).to(type)  # (v k)
+    of_q = tl.dot(G, ST, input_precision="ieee") * tl.where(first, tl.exp(total), 0.0)
+    of_a = tl.dot(R, ST, input_precision="ieee") * tl.where(first, tl.exp(before), 0.0)
+    B = read(b, row, h, t0, T, H, K, C, KB)
+    KK = read(k, row, h, t0, T, H, K, C, KB)
+    for step in tl.static_range(6):
+        if (PIECE << step) <= C:
+            current, earlier, column = level(total, before, PIECE << step, C)
+            erasing, writing = (B * column).to(type), (KK * column).to(type)
+            part = through(qb, erasing, PIECE << step, C, False) + through(qk, writing, PIECE << step, C, False)
+            of_q += part * current
+            part = through(ab, erasing, PIECE << step, C, False) + through(ak, writing, PIECE << step, C, False)
+            of_a += part * earlier
+    of_a = tl.where((mark == 0)[:, None], of_a, 0.0)
+    write(grad_q, of_q, row, h, t0, T, H, K, C, KB)
+    write(grad_a, of_a, row, h, t0, T, H, K, C, KB)
+    change = read(q, row, h, t0, T, H, K, C, KB) * of_q
+    own = read(a, row, h, t0, T, H, K, C, KB) * of_a  # a's row has the decays before its token
+    change = tl.cumsum(change + own, 0, reverse=True) - own
+    write(grad_g, change, row, h, t0, T, H, K, C, KB)
+
+
+@triton.jit(do_not_specialize=["T", "H", "N"])
+def column_gradients(q, k, v, a, b, gate, starts, states, adjoints, final, grad, values, received, grad_k, grad_b,
+                     grad_g, T, H, N,
+                     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
+                     STARTS: tl.constexpr):  # fmt: skip
+    """One chunk's gradients of k and b, and of the log-decay, of which ``grad_g`` holds the rows' part."""
     pid = tl.program_id(0)
     n = pid % N
     h = (pid // N) % H
@@ -109,57 +156,36 @@ def gradients(q, k, v, a, b, gate, starts, states, adjoints, final, grad, values
     last = tl.max(segment, 0)
     dk, dv = tl.arange(0, KB), tl.arange(0, VB)
     turned = dk[None, :] * VB + dv[:, None]
-    first = (segment == 0)[:, None]
+    past, strict = near(segment, C, False, True), near(segment, C, True, True)
     G = read(grad, row, h, t0, T, H, V, C, VB)
     U = read(values, row, h, t0, T, H, V, C, VB)
     R = read(received, row, h, t0, T, H, V, C, VB)
     VV = read(v, row, h, t0, T, H, V, C, VB)
-    B = read(b, row, h, t0, T, H, K, C, KB)
-    KK = read(k, row, h, t0, T, H, K, C, KB)
-
-    # Rows: q and a.
-    ST = tl.load(states + index * (KB * VB) + turned).to(type)  # (v k)
-    past = near(segment, C, False, False)
-    found = tl.dot(G, ST, input_precision="ieee") * tl.where(first, tl.exp(total), 0.0)
-    found = row_gradient(found, G, U, past, B, total, total, C)
-    found = row_gradient(found, G, VV, past, KK, total, total, C)
-    write(grad_q, found, row, h, t0, T, H, K, C, KB)
-    Q = read(q, row, h, t0, T, H, K, C, KB)
-    change = Q * found
-    strict = near(segment, C, True, False)
-    found = tl.dot(R, ST, input_precision="ieee") * tl.where(first, tl.exp(before), 0.0)
-    found = row_gradient(found, R, U, strict, B, total, before, C)
-    found = row_gradient(found, R, VV, strict, KK, total, before, C)
-    found = tl.where((mark == 0)[:, None], found, 0.0)
-    write(grad_a, found, row, h, t0, T, H, K, C, KB)
-    A = read(a, row, h, t0, T, H, K, C, KB)
-    A = tl.where((mark == 0)[:, None], A, 0.0).to(type)
-    own = A * found  # a's row has the decays before its token
-    change += own
-
-    # Columns: b and k.
-    DT = tl.load(adjoints + index * (KB * VB) + turned).to(type)
+    bq, kq, ba, ka = pairs(U, G, past), pairs(VV, G, past), pairs(U, R, strict), pairs(VV, R, strict)
+    D = tl.load(adjoints + index * (KB * VB) + turned)  # (v k)
     leave = tl.where((segment == last)[:, None], tl.exp(whole[None, :] - total), 0.0)
-    past = near(segment, C, False, True)
-    strict = near(segment, C, True, True)
-    found = tl.dot(U, DT, input_precision="ieee") * leave
-    found = column_gradient(found, U, G, past, Q, total, total, C)
-    found = column_gradient(found, U, R, strict, A, total, before, C)
-    write(grad_b, found, row, h, t0, T, H, K, C, KB)
-    change -= B * found
-    found = tl.dot(VV, DT, input_precision="ieee") * leave
-    found = column_gradient(found, VV, G, past, Q, total, total, C)
-    found = column_gradient(found, VV, R, strict, A, total, before, C)
-    write(grad_k, found, row, h, t0, T, H, K, C, KB)
-    change -= KK * found
-
+    of_b = tl.dot(U, D.to(type), input_precision="ieee") * leave
+    of_k = tl.dot(VV, D.to(type), input_precision="ieee") * leave
     # The state after the chunk is the one before the next.
-    D = tl.load(adjoints + index * (KB * VB) + turned).to(tl.float32)
     if n + 1 < N:
         after = tl.load(states + (index + 1) * (KB * VB) + turned).to(tl.float32)
     else:
         inside = (dk[None, :] < K) & (dv[:, None] < V)
         after = tl.load(final + (row * H + h) * (K * V) + dk[None, :] * V + dv[:, None], mask=inside, other=0.0)
-    alive = tl.sum(D * after, 0)
-    change = tl.cumsum(change, 0, reverse=True) - own + alive[None, :]
+    alive = tl.sum(D.to(tl.float32) * after, 0)
+    Q = read(q, row, h, t0, T, H, K, C, KB)
+    A = read(a, row, h, t0, T, H, K, C, KB)
+    A = tl.where((mark == 0)[:, None], A, 0.0).to(type)
+    for step in tl.static_range(6):
+        if (PIECE << step) <= C:
+            current, earlier, column = level(total, before, PIECE << step, C)
+            asking, reading = (Q * current).to(type), (A * earlier).to(type)
+            part = through(bq, asking, PIECE << step, C, True) + through(ba, reading, PIECE << step, C, True)
+            of_b += part * column
+            part = through(kq, asking, PIECE << step, C, True) + through(ka, reading, PIECE << step, C, True)
+            of_k += part * column
+    write(grad_b, of_b, row, h, t0, T, H, K, C, KB)
+    write(grad_k, of_k, row, h, t0, T, H, K, C, KB)
+    change = read(b, row, h, t0, T, H, K, C, KB) * of_b + read(k, row, h, t0, T, H, K, C, KB) * of_k
+    change = read(grad_g, row, h, t0, T, H, K, C, KB) - tl.cumsum(change, 0, reverse=True) + alive[None, :]
     write(grad_g, change, row, h, t0, T, H, K, C, KB)

@@ -4,8 +4,8 @@ The mathematics is that of dplr_chunked.py: rows are q_i (all columns j <= i) an
 i - 1), columns are b_j and k_j. A chunk of C tokens is one program but in the walk, which is one program a head and
 value tile. Decays are applied to rows and columns up to a border between them: halves of the chunk, of those halves,
 down to pieces of 8 tokens, which are scaled to their middle; each is one product of the whole chunk, of which a mask
-keeps what it is for. With gates of at least -20 no factor exceeds e^80, so gates below count as -20: what passes then is
-2e-9 of the state, less than float32 keeps of it beside anything else. Segments are masks, and exact.
+keeps what it is for. With gates of at least -20 no factor exceeds e^80, so gates below count as -20: what passes then
+is 2e-9 of the state, less than float32 keeps of it beside anything else. Segments are masks, and exact.
 
 Inputs are contiguous (b t h k); states of chunks (b h n k v). Offsets are int64 wherever tokens or heads multiply.
 """
@@ -83,13 +83,14 @@ def border(total, SIZE: tl.constexpr, AT: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def level(total, rows, SIZE: tl.constexpr, C: tl.constexpr):
-    """Factors (C, KB) of rows and of columns around the border in groups of SIZE; PIECE: around the middle."""
-    if SIZE == PIECE:
-        middle = border(total, SIZE, SIZE // 2 - 1, C)
-        return tl.exp(rows - middle), tl.exp(middle - total)
+def level(total, before, SIZE: tl.constexpr, C: tl.constexpr):
+    """Factors (C, KB) around borders in groups of SIZE, or around the middle of pieces: of q's rows, a's, columns."""
     edge = border(total, SIZE, SIZE // 2 - 1, C)
-    return tl.exp(tl.minimum(rows - edge, 0.0)), tl.exp(tl.minimum(edge - total, 0.0))
+    if SIZE == PIECE:
+        return tl.exp(total - edge), tl.exp(before - edge), tl.exp(edge - total)
+    else:
+        row, earlier = tl.exp(tl.minimum(total - edge, 0.0)), tl.exp(tl.minimum(before - edge, 0.0))
+        return row, earlier, tl.exp(tl.minimum(edge - total, 0.0))
 
 
 @triton.jit
@@ -106,19 +107,9 @@ def served(SIZE: tl.constexpr, C: tl.constexpr, TURNED: tl.constexpr):
 
 
 @triton.jit
-def product(x, y, total, rows, mask, C: tl.constexpr, TURNED: tl.constexpr):
-    """(C, C): x_i · (y_j ⊙ decay) where mask is set, else 0; TURNED: transposed. ``rows``: the decays' sum at rows."""
-    found = tl.zeros((C, C), dtype=tl.float32)
-    for step in tl.static_range(6):
-        if (PIECE << step) <= C:
-            row, column = level(total, rows, PIECE << step, C)
-            xs, ys = (x * row).to(x.dtype), (y * column).to(x.dtype)
-            if TURNED:
-                one = tl.dot(ys, tl.trans(xs), input_precision="ieee")
-            else:
-                one = tl.dot(xs, tl.trans(ys), input_precision="ieee")
-            found = tl.where(served(PIECE << step, C, TURNED), one, found)
-    return tl.where(mask, found, 0.0)
+def onto(found, x, y, SIZE: tl.constexpr, C: tl.constexpr, TURNED: tl.constexpr):
+    """``found`` with x yᵀ where the level serves; TURNED: x are columns, y rows."""
+    return tl.where(served(SIZE, C, TURNED), tl.dot(x, tl.trans(y), input_precision="ieee"), found)
 
 
 @triton.jit
@@ -156,15 +147,29 @@ def matrices(q, k, v, a, b, gate, starts, grad, inverses, turns, adds, carries, 
     B = read(b, row, h, t0, T, H, K, C, KB)
     KK = read(k, row, h, t0, T, H, K, C, KB)
     VV = read(v, row, h, t0, T, H, V, C, VB)
-    strict = near(segment, C, True, False)
     i, dk, dv = tl.arange(0, C), tl.arange(0, KB), tl.arange(0, VB)
     place = inverses + index * (C * C) + i[:, None] * C + i[None, :]
+    Q = read(q, row, h, t0, T, H, K, C, KB)
+    lower = tl.zeros((C, C), dtype=tl.float32)
+    scores = tl.zeros((C, C), dtype=tl.float32)
+    for step in tl.static_range(6):
+        if (PIECE << step) <= C:
+            current, earlier, column = level(total, before, PIECE << step, C)
+            rows = (Q * current if ADJOINT else A * earlier).to(type)
+            erasing = (B * column).to(type)
+            if ADJOINT:
+                scores = onto(scores, rows, erasing, PIECE << step, C, False)
+            else:
+                lower = onto(lower, rows, erasing, PIECE << step, C, False)
+                scores = onto(scores, rows, (KK * column).to(type), PIECE << step, C, False)
     if ADJOINT:
-        solve = tl.load(place).to(tl.float32)
+        solve = tl.load(place).to(type)
+        scores = tl.where(near(segment, C, False, False), scores, 0.0).to(type)
     else:
-        solve = inverse(product(A, B, total, before, strict, C, False), C)
-        tl.store(place, solve.to(inverses.dtype.element_ty))
-    solve = solve.to(type)
+        strict = near(segment, C, True, False)
+        scores = tl.where(strict, scores, 0.0).to(type)
+        solve = inverse(tl.where(strict, lower, 0.0), C).to(type)
+        tl.store(place, solve)
     first = (segment == 0)[:, None]
     entering = tl.where(first, A * tl.exp(before), 0.0).to(type)
     reads = tl.dot(solve, entering, input_precision="ieee").to(type)
@@ -174,15 +179,12 @@ def matrices(q, k, v, a, b, gate, starts, grad, inverses, turns, adds, carries, 
     tl.store(turns + index * (KB * KB) + dk[:, None] * KB + dk[None, :], turn.to(turns.dtype.element_ty))
     tl.store(carries + index * KB + dk, tl.where(last == 0, tl.exp(whole), 0.0))
     if ADJOINT:
-        Q = read(q, row, h, t0, T, H, K, C, KB)
         G = read(grad, row, h, t0, T, H, V, C, VB)
-        scores = product(Q, B, total, total, near(segment, C, False, False), C, False).to(type)
         through = tl.where(first, Q * tl.exp(total), 0.0)
         through = tl.dot(scores, reads, through, input_precision="ieee").to(type)
         add = tl.dot(tl.trans(G), through, input_precision="ieee")
         tl.store(adds + index * (KB * VB) + dv[:, None] * KB + dk[None, :], add.to(adds.dtype.element_ty))
     else:
-        scores = product(A, KK, total, before, strict, C, False).to(type)
         values = tl.dot(scores, VV, input_precision="ieee").to(type)
         inside = tl.dot(solve, values, input_precision="ieee").to(type)
         add = tl.dot(tl.trans((KK * leave).to(type)), VV, input_precision="ieee")
@@ -252,15 +254,25 @@ def outputs(q, k, v, a, b, gate, starts, inverses, states, o, T, H, N,
     A = tl.where((mark == 0)[:, None], A, 0.0).to(type)
     KK = read(k, row, h, t0, T, H, K, C, KB)
     VV = read(v, row, h, t0, T, H, V, C, VB)
-    U = tl.dot(tl.where(first, A * tl.exp(before), 0.0).to(type), S, input_precision="ieee")
-    scores = product(A, KK, total, before, near(segment, C, True, False), C, False).to(type)
-    U = tl.dot(scores, VV, U, input_precision="ieee").to(type)
-    solve = tl.load(inverses + index * (C * C) + i[:, None] * C + i[None, :]).to(type)
-    U = tl.dot(solve, U, input_precision="ieee").to(type)
     Q = read(q, row, h, t0, T, H, K, C, KB)
     B = read(b, row, h, t0, T, H, K, C, KB)
+    ak = tl.zeros((C, C), dtype=tl.float32)
+    qb = tl.zeros((C, C), dtype=tl.float32)
+    qk = tl.zeros((C, C), dtype=tl.float32)
+    for step in tl.static_range(6):
+        if (PIECE << step) <= C:
+            current, earlier, column = level(total, before, PIECE << step, C)
+            rows, erasing, writing = (Q * current).to(type), (B * column).to(type), (KK * column).to(type)
+            qb = onto(qb, rows, erasing, PIECE << step, C, False)
+            qk = onto(qk, rows, writing, PIECE << step, C, False)
+            ak = onto(ak, (A * earlier).to(type), writing, PIECE << step, C, False)
     past = near(segment, C, False, False)
-    O = tl.dot(tl.where(first, Q * tl.exp(total), 0.0).to(type), S, input_precision="ieee")
-    O = tl.dot(product(Q, B, total, total, past, C, False).to(type), U, O, input_precision="ieee")
-    O = tl.dot(product(Q, KK, total, total, past, C, False).to(type), VV, O, input_precision="ieee")
-    write(o, O, row, h, t0, T, H, V, C, VB)
+    ak = tl.where(near(segment, C, True, False), ak, 0.0).to(type)
+    U = tl.dot(tl.where(first, A * tl.exp(before), 0.0).to(type), S, input_precision="ieee")
+    U = tl.dot(ak, VV, U, input_precision="ieee").to(type)
+    solve = tl.load(inverses + index * (C * C) + i[:, None] * C + i[None, :]).to(type)
+    U = tl.dot(solve, U, input_precision="ieee").to(type)
+    Y = tl.dot(tl.where(first, Q * tl.exp(total), 0.0).to(type), S, input_precision="ieee")
+    Y = tl.dot(tl.where(past, qb, 0.0).to(type), U, Y, input_precision="ieee")
+    Y = tl.dot(tl.where(past, qk, 0.0).to(type), VV, Y, input_precision="ieee")
+    write(o, Y, row, h, t0, T, H, V, C, VB)
