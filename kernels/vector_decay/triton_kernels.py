@@ -55,59 +55,52 @@ def segments_of(starts, row, t, T, REV: tl.constexpr):
 
 
 @triton.jit
-def referred(b, here, half, C: tl.constexpr, K: tl.constexpr, REV: tl.constexpr):
-    """b of the token before the cut in the middle of each token's pair of halves; which tokens come after it (C 1)."""
+def referred(b, here, half, middle, C: tl.constexpr, K: tl.constexpr, REV: tl.constexpr):
+    """What queries and keys (C k) are multiplied by, so that pairs which a cut between halves parts get their decays.
+
+    With ``middle`` every token is on both sides: right for pairs of halves that are short enough for powers above one.
+    """
     rows = tl.arange(0, C) + here
     place = rows & (2 * half - 1)
     if REV:
-        at = rows - place + half
-        late = place < half
+        cut = rows - place + half  # the last token read before the cut
+        late = (place < half)[:, None]
     else:
-        at = rows - place + half - 1
-        late = place >= half
-    return tl.gather(b, tl.broadcast_to(at[:, None], (C, K)), 0), late[:, None]
+        cut = rows - place + half - 1
+        late = (place >= half)[:, None]
+    since = b - tl.gather(b, tl.broadcast_to(cut[:, None], (C, K)), 0)
+    return tl.where(late | middle, tl.exp2(since), 0.0), tl.where(late & (middle == 0), 0.0, tl.exp2(-since))
 
 
 @triton.jit
-def together(here, size, C: tl.constexpr):
-    """Which pairs of tokens lie in one part of this size.
+def together(seg, here, size, C: tl.constexpr, STARTS: tl.constexpr, REV: tl.constexpr):
+    """Which tokens of a chunk (rows) see which (columns) inside parts of this size.
 
     ``here`` is zero, which the compiler does not know: masks that are made anew for each chunk need no registers.
     """
     rows = tl.arange(0, C) + here
-    return (rows[:, None] ^ rows[None, :]) < size
+    i_, j_ = rows[:, None], rows[None, :]
+    seen = ((i_ ^ j_) < size) & (i_ <= j_ if REV else i_ >= j_)
+    if STARTS:
+        seen = seen & (seg[:, None] == seg[None, :])
+    return seen
 
 
 @triton.jit
-def scores(M, R, W, b, here, C: tl.constexpr, K: tl.constexpr, REV: tl.constexpr, ADJOINT: tl.constexpr):
-    """Add to M (writers, readers) what K channels give; R holds queries and W keys, or the reverse if ADJOINT.
-
-    The pairs of blocks of 8 come in without a mask of order and segments, which the caller puts.
-    """
-    dtype = R.dtype
-    R = R.to(tl.float32)
-    W = W.to(tl.float32)
+def scores(M, R, W, b, seg, here, C: tl.constexpr, K: tl.constexpr, STARTS: tl.constexpr, REV: tl.constexpr,
+           ADJOINT: tl.constexpr):  # fmt: skip
+    """Add to M (writers, readers) what K channels give; R holds queries and W keys, or the reverse if ADJOINT."""
     HALVES: tl.constexpr = 4 if C == 128 else 3 if C == 64 else 2 if C == 32 else 1
-    for level in tl.static_range(HALVES):
-        at, late = referred(b, here, C >> (level + 1), C, K, REV)
-        w = tl.exp2(tl.minimum(b - at, at - b))
+    for level in tl.range(0, HALVES + 1, num_stages=1):
+        half = C >> (level + 1)
+        wr, ww = referred(b, here, half, level == HALVES, C, K, REV)
         if ADJOINT:
-            Rl = tl.where(late, 0.0, R * w).to(dtype)
-            Wl = tl.where(late, W * w, 0.0).to(dtype)
-        else:
-            Rl = tl.where(late, R * w, 0.0).to(dtype)
-            Wl = tl.where(late, 0.0, W * w).to(dtype)
-        if level == 0:
-            M = tl.dot(Wl, tl.trans(Rl), M, input_precision="ieee")
-        else:
-            part = tl.dot(Wl, tl.trans(Rl), input_precision="ieee")
-            M += tl.where(together(here, C >> level, C), part, 0.0)
-    at, late = referred(b, here, 4, C, K, REV)
-    w = b - at
-    if ADJOINT:
-        w = -w
-    part = tl.dot((W * tl.exp2(-w)).to(dtype), tl.trans((R * tl.exp2(w)).to(dtype)), input_precision="ieee")
-    return M + tl.where(together(here, 8, C), part, 0.0)
+            wr, ww = ww, wr
+        Rl = (R.to(tl.float32) * wr).to(R.dtype)
+        Wl = (W.to(tl.float32) * ww).to(R.dtype)
+        part = tl.dot(Wl, tl.trans(Rl), input_precision="ieee")
+        M += tl.where(together(seg, here, 2 * half, C, STARTS, REV == ADJOINT), part, 0.0)
+    return M
 
 
 @triton.jit
@@ -243,8 +236,8 @@ def scan(states, carries, initial, NS, K: tl.constexpr, V: tl.constexpr, KB: tl.
 
 @triton.jit
 def slice_(S, M, Y, r_d, w_d, g_d, kept_d, XT, lb, seg, scale, t0, at, T, ik: tl.constexpr, K: tl.constexpr,
-           C: tl.constexpr, KS: tl.constexpr, ACT: tl.constexpr, KEEP: tl.constexpr, STARTS: tl.constexpr, REV: tl.constexpr,
-           ADJOINT: tl.constexpr):  # fmt: skip
+           C: tl.constexpr, KS: tl.constexpr, ACT: tl.constexpr, KEEP: tl.constexpr, STARTS: tl.constexpr,
+           REV: tl.constexpr, ADJOINT: tl.constexpr):  # fmt: skip
     """What KS channels of a chunk give to scores and output; and the slice of the state after the chunk."""
     rows = tl.arange(0, C)
     bound = tl.zeros((1, KS), dtype=tl.float32)
@@ -269,7 +262,7 @@ def slice_(S, M, Y, r_d, w_d, g_d, kept_d, XT, lb, seg, scale, t0, at, T, ik: tl
         enter, leave = leave, enter
     Y = tl.dot(Sb, tl.trans((R.to(tl.float32) * enter).to(XT.dtype)), Y, input_precision="ieee")
     S = tl.dot(XT, (W.to(tl.float32) * leave).to(XT.dtype), S * carry, input_precision="ieee")
-    M = scores(M, R, W, b, tl.minimum(t0, 0), C, KS, REV, ADJOINT)
+    M = scores(M, R, W, b, seg, tl.minimum(t0, 0), C, KS, STARTS, REV, ADJOINT)
     return S, M, Y
 
 
@@ -332,11 +325,7 @@ def walk(r, w, x, gate, bound, starts, entry, out, kept, final, T, H, NC, NS, CP
                                STARTS, REV, ADJOINT)  # fmt: skip
             S3, M, Y = slice_(S3, M, Y, r_d, w_d, g_d, kept_d, XT, lb, seg, scale, t0, at, T, 3, K, C, KS, ACT, KEEP,
                                STARTS, REV, ADJOINT)  # fmt: skip
-        place = rows + tl.minimum(t0, 0)
-        mask = place[None, :] <= place[:, None] if LEFTWARD else place[None, :] >= place[:, None]
-        if STARTS:
-            mask = mask & (seg[:, None] == seg[None, :])
-        Y = tl.dot(XT, tl.where(mask, M, 0.0).to(XT.dtype), Y, input_precision="ieee")
+        Y = tl.dot(XT, M.to(XT.dtype), Y, input_precision="ieee")
         o_d.store([t0, iv * BV], tl.trans(Y.to(out.dtype.element_ty)))
         c += STEP
     if FINAL:  # noqa: SIM102 (known when the kernel is compiled; the next is not)
@@ -394,25 +383,7 @@ def keys(q, k, v, gate, bound, starts, go, kept, dkept, dq, dk, dgate, dbound, T
         if STARTS:
             seg = segments_of(starts, row, t0 + rows, T, REV)
         at = (c * H + h) * VB
-        P = tl.zeros((C, C), dtype=tl.float32)
-        PT = tl.zeros((C, C), dtype=tl.float32)
-        for iv in tl.static_range(VB // BV):
-            dO = go_d.load([t0, iv * BV])
-            X = v_d.load([t0, iv * BV])
-            P = tl.dot(dO, tl.trans(X), P, input_precision="ieee")
-            PT = tl.dot(X, tl.trans(dO), PT, input_precision="ieee")
-        place = rows + here
-        seen = place[:, None] <= place[None, :] if REV else place[:, None] >= place[None, :]
-        seen_t = place[:, None] >= place[None, :] if REV else place[:, None] <= place[None, :]
-        if STARTS:
-            same = seg[:, None] == seg[None, :]
-            seen = seen & same
-            seen_t = seen_t & same
-        P = tl.where(seen, P, 0.0)
-        PT = tl.where(seen_t, PT, 0.0)
-        P = P.to(q.dtype.element_ty)
-        PT = PT.to(q.dtype.element_ty)
-        for part_ in tl.static_range(BK // KS):
+        for part_ in tl.range(0, BK // KS, num_stages=1):
             ik = first_slice + part_
             column = ik * KS + tl.arange(0, KS)[None, :]
             lb = tl.zeros((1, KS), dtype=tl.float32)
@@ -425,36 +396,50 @@ def keys(q, k, v, gate, bound, starts, go, kept, dkept, dq, dk, dgate, dbound, T
             if ACT != 2:
                 Kt = k_d.load([t0, ik * KS])
             b, enter, leave, carry = decays(g, seg, C, REV, STARTS)
+            # First all of grad q, then all of grad k: both at once, and their levels unrolled, would fill the registers.
+            P = tl.zeros((C, C), dtype=tl.float32)
             dQ = tl.zeros((C, KS), dtype=tl.float32)
-            dK = tl.zeros((C, KS), dtype=tl.float32)
             through = tl.zeros((KS,), dtype=tl.float32)
             for iv in tl.static_range(VB // BV):
+                dO = go_d.load([t0, iv * BV])
                 S = s_d.load([at + iv * BV, ik * KS])
+                P = tl.dot(dO, tl.trans(v_d.load([t0, iv * BV])), P, input_precision="ieee")
+                dQ = tl.dot(dO, S, dQ, input_precision="ieee")
                 dS = ds_d.load([at + iv * BV, ik * KS])
-                dQ = tl.dot(go_d.load([t0, iv * BV]), S, dQ, input_precision="ieee")
-                dK = tl.dot(v_d.load([t0, iv * BV]), dS, dK, input_precision="ieee")
                 through += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 0)
             dQ = dQ * enter
-            dK = dK * leave
             e = dQ * Q.to(tl.float32)
             anchor = tl.sum(e, 0)[None, :] + through[None, :] * carry
-            e -= dK * Kt.to(tl.float32)
-            # Not unrolled: masked copies of P and its transpose for every level would fill the registers.
+            Pb = P.to(Q.dtype)
             for level in tl.range(0, HALVES + 1, num_stages=1):
                 half = C >> (level + 1)
-                ref, late = referred(b, here, half, C, KS, REV)
-                # The last round is blocks of 8, where every token is on both sides of its pairs.
-                wq = tl.where(late | (level == HALVES), tl.exp2(b - ref), 0.0)
-                wk = tl.where(late & (level < HALVES), 0.0, tl.exp2(ref - b))
+                wq, wk = referred(b, here, half, level == HALVES, C, KS, REV)
                 Ql = (Q.to(tl.float32) * wq).to(Q.dtype)
                 Kl = (Kt.to(tl.float32) * wk).to(Q.dtype)
-                part = together(here, 2 * half, C)
-                toward_q = tl.dot(tl.where(part, P, 0.0), Kl, input_precision="ieee")
-                toward_k = tl.dot(tl.where(part, PT, 0.0), Ql, input_precision="ieee")
-                dQ += toward_q * wq
-                dK += toward_k * wk
-                e += toward_q * Ql.to(tl.float32) - toward_k * Kl.to(tl.float32)
+                part = together(seg, here, 2 * half, C, STARTS, REV)
+                toward = tl.dot(tl.where(part, Pb, 0.0), Kl, input_precision="ieee")
+                dQ += toward * wq
+                e += toward * Ql.to(tl.float32)
             dq_d.store([t0, ik * KS], dQ.to(dq.dtype.element_ty))
+
+            P = tl.zeros((C, C), dtype=tl.float32)
+            dK = tl.zeros((C, KS), dtype=tl.float32)
+            for iv in tl.static_range(VB // BV):
+                X = v_d.load([t0, iv * BV])
+                P = tl.dot(X, tl.trans(go_d.load([t0, iv * BV])), P, input_precision="ieee")
+                dK = tl.dot(X, ds_d.load([at + iv * BV, ik * KS]), dK, input_precision="ieee")
+            dK = dK * leave
+            e -= dK * Kt.to(tl.float32)
+            Pb = P.to(Q.dtype)
+            for level in tl.range(0, HALVES + 1, num_stages=1):
+                half = C >> (level + 1)
+                wq, wk = referred(b, here, half, level == HALVES, C, KS, REV)
+                Ql = (Q.to(tl.float32) * wq).to(Q.dtype)
+                Kl = (Kt.to(tl.float32) * wk).to(Q.dtype)
+                part = together(seg, here, 2 * half, C, STARTS, not REV)
+                toward = tl.dot(tl.where(part, Pb, 0.0), Ql, input_precision="ieee")
+                dK += toward * wk
+                e -= toward * Kl.to(tl.float32)
             dg = anchor - tl.cumsum(e, 0, reverse=REV) + e
             if STARTS:
                 start = tl.load(starts + row * T + t0 + rows, mask=t0 + rows < T, other=0)
