@@ -63,6 +63,10 @@ CASES: list[tuple[tuple[int, ...], dict[str, Any], dict[str, int]]] = [
     ((1, 66, 1, 1, 16, 16), {"gate": "forgets", "starts": "every"}, {"programs_per_sm": 9}),
     ((1, 70, 1, 1, 48, 16), {"kind": "none", "beta": "one", "dtype": torch.bfloat16}, {"programs_per_sm": 9}),
     ((1, 70, 1, 2, 32, 16), {"raw": True, "dtype": torch.bfloat16}, {}),
+    ((1, 66, 2, 2, 24, 20), {"kind": "channel", "raw": True, "starts": "random", "reverse": True}, {"value_tile": 16}),
+    ((1, 130, 1, 1, 16, 40), {"kind": "channel", "gate": "slow", "beta": "two"}, {"programs_per_sm": 9}),
+    ((2, 17, 1, 1, 16, 16), {"kind": "channel", "gate": "never", "state": False}, {}),
+    ((1, 70, 1, 1, 16, 16), {"kind": "channel", "gate": "forgets", "dtype": torch.bfloat16}, {"programs_per_sm": 9}),
 ]
 
 
@@ -74,9 +78,10 @@ def test_the_definition(shape: tuple[int, ...], options: dict[str, Any], setting
     agree(found, case.in_double().results("reference"), EXACT[case.learned["v"].dtype])
 
 
-def test_keys_that_repeat_do_not_lose_digits(device: str) -> None:
+@pytest.mark.parametrize("kind", ["none", "channel"])
+def test_keys_that_repeat_do_not_lose_digits(kind: str, device: str) -> None:
     """The same key over and over, weight 2: powers of the matrix to invert would grow to millions."""
-    case = make(1, 64, 1, 1, 16, 16, kind="none", beta="two", dtype=kind_of(device), device=device)
+    case = make(1, 64, 1, 1, 16, 16, kind=kind, gate="zero", beta="two", dtype=kind_of(device), device=device)
     key = case.learned["k"].detach()[:, :1].expand(1, 64, 1, 16).contiguous()
     case = case.but(k=key)
     with cut(case):
@@ -86,7 +91,7 @@ def test_keys_that_repeat_do_not_lose_digits(device: str) -> None:
 
 def test_views_are_read_where_they_lie(device: str) -> None:
     """Parts of one projection, and what lies around them is NaN."""
-    case = make(1, 66, 1, 2, 16, 16, kind="head", dtype=kind_of(device), device=device)
+    case = make(1, 66, 1, 1, 16, 16, kind="head", dtype=kind_of(device), device=device)
     plain = {name: x.detach() for name, x in case.learned.items()}
     viewed = dict(plain)
     for name in ("q", "k", "v"):
@@ -112,9 +117,9 @@ def test_without_gradients_nothing_is_kept_and_two_runs_are_equal(device: str) -
 
 
 def test_what_triton_cannot_serve_is_said() -> None:
-    case = make(1, 20, 1, 1, 16, 16, kind="channel", dtype=torch.float32)
+    case = make(1, 20, 1, 2, 16, 16, kind="channel", dtype=torch.float32)
     if runtime.triton_runs_on("cpu") is None:
-        with pytest.raises(ValueError, match="one gate a head, not one a channel"):
+        with pytest.raises(ValueError, match="need queries and keys of each head's own"):
             case.run("triton")
     with pytest.raises(ValueError, match="cannot run in Triton"):
         make(1, 20, 1, 1, 16, 16, dtype=torch.float64).run("triton")

@@ -30,8 +30,8 @@ def why_not_triton(q: Tensor, v: Tensor, gate: Tensor | None) -> str | None:
     reason = triton_runs_on(v.device)
     if reason is not None:
         return reason
-    if gate is not None and gate.dim() == 4:
-        return "Triton kernels know one gate a head, not one a channel"
+    if gate is not None and gate.dim() == 4 and q.shape[2] != v.shape[2]:
+        return "Triton kernels with a gate a channel need queries and keys of each head's own"
     if v.dtype not in (torch.bfloat16, torch.float32) or q.dtype != v.dtype:
         return f"Triton kernels are for bfloat16 and float32, not {q.dtype} with {v.dtype}"
     if v.is_cuda and v.dtype == torch.float32:  # the interpreter has it, for tests
@@ -144,5 +144,5 @@ def _triton(
         decay = None if gate is None else log_decays(gate.float(), rate, bias).clamp(min=-111.0)
         if starts is not None:
             decay = torch.zeros_like(weight) if decay is None else decay
-            decay = decay.masked_fill(starts[..., None], -111.0)
+            decay = decay.masked_fill(starts.view(*starts.shape, *[1] * (decay.dim() - 2)), -111.0)
     return run(q, k, v, weight, decay, initial_state, normalize)

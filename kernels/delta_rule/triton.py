@@ -123,9 +123,9 @@ def _walk_segments(q: Tensor, k: Tensor, v: Tensor, ready: _Prepared, states: Te
     moves = ready.total.new_empty(z.B * z.H, z.NS, z.KB, z.KB)
     tiles = (z.KB if states is None else z.KB + z.VB) // z.BV
     triton_forward.walk[(z.H * tiles * z.NS * z.B,)](
-        q, k, v, *ready, moves if states is None else states, v, v, v, moves, moves, z.T, z.H, z.R, z.NC, z.NS, z.CPS,
-        *_strides(q), *_strides(k), *_strides(v), **z.tile, ENTRY=0, SEGMENT=2 if states is None else 1, KEEP=False,
-        **z.plan.launch("states"),
+        q, k, k, v, *ready, moves if states is None else states, v, v, v, moves, moves, z.T, z.H, z.R, z.NC, z.NS,
+        z.CPS, *_strides(q), *_strides(k), *_strides(v), **z.tile, ENTRY=0, SEGMENT=2 if states is None else 1,
+        KEEP=False, CHANNEL=False, **z.plan.launch("states"),
     )  # fmt: skip
     return moves
 
@@ -167,8 +167,8 @@ def delta_rule_triton(
     if z.NS > 1:
         entry, how = _entering(q, k, v, ready, edge, z)
     triton_forward.walk[z.walks](
-        q, k, v, *ready, entry, output, fresh, kept, final, final, *numbers, **z.tile, ENTRY=how, SEGMENT=0,
-        KEEP=keep, **z.plan.launch("forward"),
+        q, k, k, v, *ready, entry, output, fresh, kept, final, final, *numbers, **z.tile, ENTRY=how, SEGMENT=0,
+        KEEP=keep, CHANNEL=False, **z.plan.launch("forward"),
     )  # fmt: skip
     return output, final, fresh, kept
 
@@ -222,12 +222,12 @@ def delta_rule_triton_backward(
         entry, how = total.new_empty(z.B * z.H, z.NS, z.VB, z.KB), 1
         moves = _walk_segments(q, k, v, ready, None, z)
         triton_backward.adjoint[z.walks](
-            q, k, go, *ready, entry, dv, dkept, dinitial, *numbers, **z.tile, ENTRY=0, SEGMENT=True, DINITIAL=False,
+            q, k, k, go, *ready, entry, dv, dkept, dinitial, *numbers, **z.tile, ENTRY=0, SEGMENT=True, CHANNEL=False,
             **z.plan.launch("states"),
         )  # fmt: skip
         _scan(entry, moves, edge, z, adjoint=True)
     triton_backward.adjoint[z.walks](
-        q, k, go, *ready, entry, dv, dkept, dinitial, *numbers, **z.tile, ENTRY=how, SEGMENT=False, DINITIAL=True,
+        q, k, k, go, *ready, entry, dv, dkept, dinitial, *numbers, **z.tile, ENTRY=how, SEGMENT=False, CHANNEL=False,
         **z.plan.launch("adjoint"),
     )  # fmt: skip
     gated = log_decay is not None
@@ -297,5 +297,10 @@ def run(
     """Output and final state; what the backward pass needs is kept only if there will be one."""
     inputs = (q, k, v, weight, log_decay, initial_state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if log_decay is not None and log_decay.dim() == 4:
+        from seqlong.kernels.delta_rule.triton_by_channel import delta_rule_triton_channel
+
+        output, final, *_ = delta_rule_triton_channel(*inputs, normalize, keep)
+        return output, final
     output, final, *_ = delta_rule_triton(*inputs, normalize, keep)
     return output, final

@@ -9,15 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqlong.kernels.delta_rule.triton_forward import C, entering, leaving, rows_of, square
+from seqlong.kernels.delta_rule.triton_forward import C, entering, factors, leaving, rows_of, square
 
 
 @triton.jit(do_not_specialize=["T", "H", "R", "NC", "NS", "CPS"])
-def adjoint(q, k, go, weight, total, rq, rk, inverse, scores, entry, dr, dkept, dinitial, T, H, R, NC, NS, CPS,
+def adjoint(q, k, late, go, weight, total, rq, rk, inverse, scores, entry, dr, dkept, dinitial, T, H, R, NC, NS, CPS,
             sqb, sqt, sqh, skb, skt, skh, sgb, sgt, sgh, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr,
-            VB: tl.constexpr, BV: tl.constexpr, ENTRY: tl.constexpr, SEGMENT: tl.constexpr, DINITIAL: tl.constexpr,
+            VB: tl.constexpr, BV: tl.constexpr, ENTRY: tl.constexpr, SEGMENT: tl.constexpr, CHANNEL: tl.constexpr,
             ST: tl.constexpr):  # fmt: skip
-    """Walk a segment from the right. dR goes to ``dr`` (b t h v), G after each chunk to ``dkept`` (b n h v k)."""
+    """Walk a segment from the right; CHANNEL as in the forward walk. dR goes to ``dr`` (b t h v), G after each chunk to ``dkept`` (b n h v k)."""
     pid = tl.program_id(0)
     h = pid % H
     r = pid // H
@@ -31,6 +31,7 @@ def adjoint(q, k, go, weight, total, rq, rk, inverse, scores, entry, dr, dkept, 
     base = index * (NC * C).to(tl.int64)
     q += row * sqb + (h // R) * sqh
     k += row * skb + (h // R) * skh
+    late += row * skb + (h // R) * skh
     go += row * sgb + h * sgh
     column = iv * BV + tl.arange(0, BV)
     G = tl.zeros((BV, KB), dtype=tl.float32)
@@ -46,29 +47,29 @@ def adjoint(q, k, go, weight, total, rq, rk, inverse, scores, entry, dr, dkept, 
         dO = tl.load(go + t[:, None].to(tl.int64) * sgt + column[None, :], mask=values, other=0.0)
         Tm = tl.load(square(inverse, (index * NC + c) * (C * C)))
         P = tl.load(square(scores, (index * NC + c) * (C * C)))
-        b, r_k, r_q, w = tl.load(total + at), tl.load(rk + at), tl.load(rq + at), tl.load(weight + at)
-        bC = tl.load(total + base + c * C + C - 1)
+        w = tl.load(weight + at)
+        leave, enter_q, enter_k, carry = factors(total, rq, rk, base, row, h, c, T, H, NC, K, KB, CHANNEL)
         Gb = G.to(k.dtype.element_ty)
         if not SEGMENT:
             states = dkept + ((row * NC + c) * H + h) * (VB * KB)
             tl.store(states + column[:, None] * KB + tl.arange(0, KB)[None, :], Gb)
         dOt = tl.trans(dO)
-        dN = tl.dot(Gb, tl.trans(Kt), input_precision="ieee") * (tl.exp2(bC - b) * r_k)[None, :]
+        Kl = rows_of(late, t, T, skt, K, KB) if CHANNEL else Kt
+        dN = tl.dot(Gb, tl.trans(Kl), input_precision="ieee") * leave[None, :]
         dN = tl.dot(dOt, P, dN, input_precision="ieee")
         dR = tl.dot(dN.to(k.dtype.element_ty), Tm, input_precision="ieee")
         if not SEGMENT:
             place = ((row * T + t[:, None]) * H + h) * V + column[None, :]
             tl.store(dr + place, tl.trans(dR.to(dr.dtype.element_ty)), mask=values)
-        dOq = (dOt.to(tl.float32) * (tl.exp2(b) * r_q)[None, :]).to(k.dtype.element_ty)
-        G = tl.dot(dOq, Q, G * tl.exp2(bC), input_precision="ieee")
-        dR *= (-tl.exp2(b) * r_k * w)[None, :]
+        dOq = (dOt.to(tl.float32) * enter_q[None, :]).to(k.dtype.element_ty)
+        G = tl.dot(dOq, Q, G * carry[None, :], input_precision="ieee")
+        dR *= (-enter_k * w)[None, :]
         G = tl.dot(dR.to(k.dtype.element_ty), Kt, G, input_precision="ieee")
     if SEGMENT:
         d = tl.arange(0, KB)[None, :]
         tl.store(entry + (index * NS + s) * (VB * KB) + column[:, None] * KB + d, G)
-    elif DINITIAL:
-        if s == 0:
-            leaving(dinitial, index, iv, G, K, V, KB, BV)
+    elif s == 0:
+        leaving(dinitial, index, iv, G, K, V, KB, BV)
 
 
 @triton.jit(do_not_specialize=["T", "H", "R", "NC"])

@@ -207,17 +207,42 @@ def leaving(final, index, iv, S, K: tl.constexpr, V: tl.constexpr, KB: tl.conste
     tl.store(final + index * (K * V) + k * V + v, S, mask=(k < K) & (v < V))
 
 
+@triton.jit
+def factors(total, rq, rk, base, row, h, c, T, H, NC, K: tl.constexpr, KB: tl.constexpr, CHANNEL: tl.constexpr):
+    """Factors of a chunk's rows, to its end, of q and of k from its entry, and those of a state's columns over it.
+
+    With CHANNEL the rows themselves have been multiplied, and total is (b t h k).
+    """
+    at = base + c * C + tl.arange(0, C)
+    if CHANNEL:
+        d = tl.arange(0, KB)
+        last = tl.minimum(c * C + C - 1, T - 1)
+        leave = tl.zeros((C,), dtype=tl.float32) + 1.0
+        enter_q = leave
+        enter_k = leave
+        carry = tl.exp2(tl.load(total + ((row * T + last) * H + h) * K + d, mask=d < K, other=0.0))
+    else:
+        b, r_k = tl.load(total + at), tl.load(rk + at)
+        bC = tl.load(total + base + c * C + C - 1)
+        leave = tl.exp2(bC - b) * r_k
+        enter_q = tl.exp2(b) * tl.load(rq + at)
+        enter_k = tl.exp2(b) * r_k
+        carry = tl.zeros((KB,), dtype=tl.float32) + tl.exp2(bC)
+    return leave, enter_q, enter_k, carry
+
+
 @triton.jit(do_not_specialize=["T", "H", "R", "NC", "NS", "CPS"])
-def walk(q, k, v, weight, total, rq, rk, inverse, scores, entry, o, fresh, kept, moves, final, T, H, R, NC, NS, CPS,
-         sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr,
+def walk(q, k, late, v, weight, total, rq, rk, inverse, scores, entry, o, fresh, kept, moves, final, T, H, R, NC, NS,
+         CPS, sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr,
          VB: tl.constexpr, BV: tl.constexpr, ENTRY: tl.constexpr, SEGMENT: tl.constexpr, KEEP: tl.constexpr,
-         ST: tl.constexpr):  # fmt: skip
+         CHANNEL: tl.constexpr, ST: tl.constexpr):  # fmt: skip
     """Walk a segment: Ṽ = T β (V - γK S), O = γQ S + P Ṽ, S <- γ_C S + (D_Cj K)ᵀ Ṽ.
 
     SEGMENT 1: from zero without output; the state at the end goes to ``entry`` (b h s v k). Programs past the value
     tiles, which are all in SEGMENT 2, walk columns of the identity without values: what the segment does to a state
     goes to ``moves`` (b h s j k), transposed.
     KEEP: Ṽ and the state before each chunk go to ``fresh`` (b t h v) and ``kept`` (b n h v k).
+    CHANNEL: q and k are decayed from the chunk's entry, ``late`` is k decayed to its end (else it is not read).
     """
     VT: tl.constexpr = VB // BV
     TILES: tl.constexpr = VT if SEGMENT == 0 else (VT + KB // BV if SEGMENT == 1 else KB // BV)
@@ -236,6 +261,7 @@ def walk(q, k, v, weight, total, rq, rk, inverse, scores, entry, o, fresh, kept,
     base = index * (NC * C).to(tl.int64)
     q += row * sqb + (h // R) * sqh
     k += row * skb + (h // R) * skh
+    late += row * skb + (h // R) * skh
     v += row * svb + h * svh
     column = iv * BV + tl.arange(0, BV)
     real = iv < VT  # else a column of the identity
@@ -252,28 +278,29 @@ def walk(q, k, v, weight, total, rq, rk, inverse, scores, entry, o, fresh, kept,
         values = (t[:, None] < T) & (column < V)[None, :]
         X = tl.load(v + t[:, None].to(tl.int64) * svt + column[None, :], mask=values & real, other=0.0)
         Tm = tl.load(square(inverse, (index * NC + c) * (C * C)))
-        b, r_k, w = tl.load(total + at), tl.load(rk + at), tl.load(weight + at)
-        bC = tl.load(total + base + c * C + C - 1)
+        w = tl.load(weight + at)
+        leave, enter_q, enter_k, carry = factors(total, rq, rk, base, row, h, c, T, H, NC, K, KB, CHANNEL)
         Sb = S.to(k.dtype.element_ty)
         place = ((row * T + t[:, None]) * H + h) * V + column[None, :]
         if KEEP:
             states = kept + ((row * NC + c) * H + h) * (VB * KB)
             tl.store(states + column[:, None] * KB + tl.arange(0, KB)[None, :], Sb)
-        N = tl.dot(Sb, tl.trans(Kt), input_precision="ieee") * (-tl.exp2(b) * r_k)[None, :]
+        N = tl.dot(Sb, tl.trans(Kt), input_precision="ieee") * (-enter_k)[None, :]
         N = (N + tl.trans(X).to(tl.float32)) * w[None, :]
         N = tl.dot(N.to(k.dtype.element_ty), tl.trans(Tm), input_precision="ieee")
         if SEGMENT == 0:
             Q = rows_of(q, t, T, sqt, K, KB)
             P = tl.load(square(scores, (index * NC + c) * (C * C)))
-            r_q = tl.load(rq + at)
             Nb = N.to(k.dtype.element_ty)
-            Y = tl.dot(Sb, tl.trans(Q), input_precision="ieee") * (tl.exp2(b) * r_q)[None, :]
+            Y = tl.dot(Sb, tl.trans(Q), input_precision="ieee") * enter_q[None, :]
             Y = tl.dot(Nb, tl.trans(P), Y, input_precision="ieee")
             tl.store(o + place, tl.trans(Y.to(o.dtype.element_ty)), mask=values)
             if KEEP:
                 tl.store(fresh + place, tl.trans(Nb), mask=values)
-        N *= (tl.exp2(bC - b) * r_k)[None, :]
-        S = tl.dot(N.to(k.dtype.element_ty), Kt, S * tl.exp2(bC), input_precision="ieee")
+        N *= leave[None, :]
+        if CHANNEL:
+            Kt = rows_of(late, t, T, skt, K, KB)
+        S = tl.dot(N.to(k.dtype.element_ty), Kt, S * carry[None, :], input_precision="ieee")
     if SEGMENT > 0:
         d = tl.arange(0, KB)[None, :]
         if real:
