@@ -74,5 +74,6 @@ def _gated(inner: Tensor, weight: Tensor) -> Tensor:
 
 def by_expert(chosen: Int[Tensor, "m k"], experts: int) -> tuple[Int[Tensor, "r"], Int[Tensor, "e"]]:
     """The order that sorts all choices by expert, positions in order within each, and where each expert ends."""
-    ordered, order = chosen.flatten().sort(stable=True)
-    return order, torch.searchsorted(ordered, torch.arange(experts, device=chosen.device), right=True)
+    short = torch.int16 if experts < 1 << 14 else torch.int32  # a GPU sorts by the bits of a key
+    ordered, order = chosen.flatten().to(short).sort(stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(experts, dtype=short, device=chosen.device), right=True)
