@@ -22,7 +22,8 @@ class Plan:
     Attributes:
         programs_per_sm: segments are cut so that about this many programs of the walk fall to a multiprocessor.
         value_tile: value columns of a program.
-        prepare, products: warps that make the inverse of a chunk, with one decay a head and one a channel.
+        prepare: warps that make the inverse of a chunk.
+        products: warps that make products of 16 rows of a chunk, with one decay a channel.
         states, forward, adjoint: ``10 * warps + stages`` of the walks: of segments, with output, from the right.
         local, keys: warps.
     """
@@ -30,7 +31,7 @@ class Plan:
     programs_per_sm: int = 2
     value_tile: int = 64
     prepare: int = 1
-    products: int = 4
+    products: int = 2
     states: int = 42
     forward: int = 42
     adjoint: int = 42

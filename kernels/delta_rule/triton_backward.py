@@ -17,7 +17,10 @@ def adjoint(q, k, late, go, weight, total, rq, rk, inverse, scores, entry, dr, d
             sqb, sqt, sqh, skb, skt, skh, sgb, sgt, sgh, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr,
             VB: tl.constexpr, BV: tl.constexpr, ENTRY: tl.constexpr, SEGMENT: tl.constexpr, CHANNEL: tl.constexpr,
             ST: tl.constexpr):  # fmt: skip
-    """Walk a segment from the right; CHANNEL as in the forward walk. dR goes to ``dr`` (b t h v), G after each chunk to ``dkept`` (b n h v k)."""
+    """Walk a segment from the right; CHANNEL as in the forward walk.
+
+    dR goes to ``dr`` (b t h v), G after each chunk to ``dkept`` (b n h v k).
+    """
     pid = tl.program_id(0)
     h = pid % H
     r = pid // H

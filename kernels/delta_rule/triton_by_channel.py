@@ -46,14 +46,16 @@ def _prepare(q: Tensor, k: Tensor, weight: Tensor, log_decay: Tensor, normalize:
     gate = (log_decay.float() * LOG2E).clamp_(min=RESET).contiguous()
     rq, rk, total = torch.empty_like(w), torch.empty_like(w), torch.empty_like(gate)
     early_q, early_k, late = (q.new_empty(z.B, z.T, z.H, z.K) for _ in range(3))
-    inverse, scores, erase = (q.new_empty(z.B, z.H, z.NC, CHUNK, CHUNK) for _ in range(3))
+    inverse, scores = (q.new_empty(z.B, z.H, z.NC, CHUNK, CHUNK) for _ in range(2))
+    erase = torch.empty_like(inverse, dtype=torch.float32)  # what is inverted keeps its digits
     numbers = (z.T, z.H, z.R, z.NC, *_strides(q), *_strides(k))
     triton_channel.decays[z.chunks](
         q, k, gate, total, rq, rk, early_q, early_k, late, *numbers, K=z.K, KB=z.KB, NORM=normalize, num_warps=8
     )
-    triton_channel.products[z.chunks](
-        q, k, w, total, rq, rk, inverse, scores, erase, *numbers, K=z.K, KB=z.KB, num_warps=z.plan.products
+    triton_channel.products[(4 * z.H * z.NC * z.B,)](
+        q, k, total, rq, rk, scores, erase, *numbers, K=z.K, KB=z.KB, num_warps=z.plan.products
     )
+    triton_channel.invert[z.chunks](w, erase, inverse, num_warps=1)
     return _Prepared(early_q, early_k, late, w, total, rq, rk, inverse, scores, erase)
 
 

@@ -1,8 +1,8 @@
 """Triton kernels of delta_rule where each channel has its own decay (KDA): what differs from one decay a head.
 
 Products q_i D_ij k_jᵀ are made of blocks of 16 tokens: rows decayed since the first token of their block, columns
-decayed until it, so that no exponent is positive; blocks on the diagonal go channel by channel. For the walks, rows of q and k
-are multiplied once: ``early_q``, ``early_k`` from the chunk's entry, ``late`` to its end (b t h k).
+decayed until it, so that no exponent is positive; blocks on the diagonal go channel by channel. For the walks, rows of
+q and k are multiplied once: ``early_q``, ``early_k`` from the chunk's entry, ``late`` to its end (b t h k).
 """
 
 from __future__ import annotations
@@ -88,99 +88,85 @@ def _diagonal(x, k, rx, rk, total, tx, at, T, sx, sk, st, K: tl.constexpr, KB: t
     return tl.where(i[:, None] + LAST > i[None, :], A, 0.0)
 
 
+@triton.jit
+def _cell(x, r, c):
+    """Pointers to block (r, c) of a (C C) matrix."""
+    i = tl.arange(0, 16)
+    return x + (r * 16 + i)[:, None] * C + (c * 16 + i)[None, :]
+
+
 @triton.jit(do_not_specialize=["T", "H", "R", "NC"])
-def products(q, k, weight, total, rq, rk, inverse, scores, erase, T, H, R, NC, sqb, sqt, sqh, skb, skt, skh,
+def products(q, k, total, rq, rk, scores, erase, T, H, R, NC, sqb, sqt, sqh, skb, skt, skh,
              K: tl.constexpr, KB: tl.constexpr):  # fmt: skip
-    """One chunk of one head: (I + A)^-1, the scores P, and k_i D_ij k_jᵀ where j < i (b h n C C)."""
+    """Sixteen rows of one head: the scores P, and k_i D_ij k_jᵀ where j < i (b h n C C)."""
     pid = tl.program_id(0)
-    c = pid % NC
-    h = (pid // NC) % H
-    row = (pid // NC // H).to(tl.int64)
+    r = pid % 4
+    c = (pid // 4) % NC
+    h = (pid // 4 // NC) % H
+    row = (pid // 4 // NC // H).to(tl.int64)
     index = row * H + h
     at = index * (NC * C).to(tl.int64)
     q += row * sqb + (h // R) * sqh
     k += row * skb + (h // R) * skh
     total += (row * T * H + h) * K
     st = H * K
-    t = c * C
-    place = (index * NC + c) * (C * C)
-    inverse += place
-    scores += place
-    erase += place
-    none = tl.zeros((16, 16), dtype=tl.float32)
-    _put(scores, 0, 0, _diagonal(q, k, rq, rk, total, t, at, T, sqt, skt, st, K, KB, 1))
-    _put(scores, 0, 1, none)
-    _put(inverse, 0, 1, none)
-    _put(erase, 0, 1, none)
-    _put(scores, 0, 2, none)
-    _put(inverse, 0, 2, none)
-    _put(erase, 0, 2, none)
-    _put(scores, 0, 3, none)
-    _put(inverse, 0, 3, none)
-    _put(erase, 0, 3, none)
-    _put(scores, 1, 0, _below(q, k, rq, rk, total, t + 16, t, at, T, sqt, skt, st, K, KB))
-    _put(scores, 1, 1, _diagonal(q, k, rq, rk, total, t + 16, at, T, sqt, skt, st, K, KB, 1))
-    _put(scores, 1, 2, none)
-    _put(inverse, 1, 2, none)
-    _put(erase, 1, 2, none)
-    _put(scores, 1, 3, none)
-    _put(inverse, 1, 3, none)
-    _put(erase, 1, 3, none)
-    _put(scores, 2, 0, _below(q, k, rq, rk, total, t + 32, t, at, T, sqt, skt, st, K, KB))
-    _put(scores, 2, 1, _below(q, k, rq, rk, total, t + 32, t + 16, at, T, sqt, skt, st, K, KB))
-    _put(scores, 2, 2, _diagonal(q, k, rq, rk, total, t + 32, at, T, sqt, skt, st, K, KB, 1))
-    _put(scores, 2, 3, none)
-    _put(inverse, 2, 3, none)
-    _put(erase, 2, 3, none)
-    _put(scores, 3, 0, _below(q, k, rq, rk, total, t + 48, t, at, T, sqt, skt, st, K, KB))
-    _put(scores, 3, 1, _below(q, k, rq, rk, total, t + 48, t + 16, at, T, sqt, skt, st, K, KB))
-    _put(scores, 3, 2, _below(q, k, rq, rk, total, t + 48, t + 32, at, T, sqt, skt, st, K, KB))
-    _put(scores, 3, 3, _diagonal(q, k, rq, rk, total, t + 48, at, T, sqt, skt, st, K, KB, 1))
-    i = tl.arange(0, 16)
-    w = tl.load(weight + at + t + i)[:, None]
+    t = c * C + r * 16
+    scores += (index * NC + c) * (C * C)
+    erase += (index * NC + c) * (C * C)
+    for m in tl.range(0, r, num_stages=1):
+        tm = c * C + m * 16
+        P = _below(q, k, rq, rk, total, t, tm, at, T, sqt, skt, st, K, KB)
+        tl.store(_cell(scores, r, m), P.to(scores.dtype.element_ty))
+        E = _below(k, k, rk, rk, total, t, tm, at, T, skt, skt, st, K, KB)
+        tl.store(_cell(erase, r, m), E)
+    P = _diagonal(q, k, rq, rk, total, t, at, T, sqt, skt, st, K, KB, 1)
+    tl.store(_cell(scores, r, r), P.to(scores.dtype.element_ty))
     E = _diagonal(k, k, rk, rk, total, t, at, T, skt, skt, st, K, KB, 0)
-    _put(erase, 0, 0, E)
-    T00 = _inverse(w * E)
+    tl.store(_cell(erase, r, r), E)
+    none = tl.zeros((16, 16), dtype=tl.float32)
+    for m in tl.range(r + 1, 4, num_stages=1):
+        tl.store(_cell(scores, r, m), none.to(scores.dtype.element_ty))
+        tl.store(_cell(erase, r, m), none)
+
+
+@triton.jit
+def invert(weight, erase, inverse):
+    """One chunk of one head: (I + A)^-1, A = diag(weight) erase."""
+    pid = tl.program_id(0).to(tl.int64)  # heads of rows, and chunks of a head, lie side by side
+    w = weight + pid * C + tl.arange(0, 16)
+    erase += pid * (C * C)
+    inverse += pid * (C * C)
+    none = tl.zeros((16, 16), dtype=tl.float32)
+    w0 = tl.load(w + 0)[:, None]
+    T00 = _inverse(w0 * tl.load(_cell(erase, 0, 0)))
     _put(inverse, 0, 0, T00)
-    w = tl.load(weight + at + t + 16 + i)[:, None]
-    E = _diagonal(k, k, rk, rk, total, t + 16, at, T, skt, skt, st, K, KB, 0)
-    _put(erase, 1, 1, E)
-    T11 = _inverse(w * E)
+    _put(inverse, 0, 1, none)
+    _put(inverse, 0, 2, none)
+    _put(inverse, 0, 3, none)
+    w1 = tl.load(w + 16)[:, None]
+    T11 = _inverse(w1 * tl.load(_cell(erase, 1, 1)))
     _put(inverse, 1, 1, T11)
-    E = _below(k, k, rk, rk, total, t + 16, t, at, T, skt, skt, st, K, KB)
-    _put(erase, 1, 0, E)
-    A10 = w * E
+    _put(inverse, 1, 2, none)
+    _put(inverse, 1, 3, none)
+    A10 = w1 * tl.load(_cell(erase, 1, 0))
     T10 = -_times(T11, _times(A10, T00))
     _put(inverse, 1, 0, T10)
-    w = tl.load(weight + at + t + 32 + i)[:, None]
-    E = _diagonal(k, k, rk, rk, total, t + 32, at, T, skt, skt, st, K, KB, 0)
-    _put(erase, 2, 2, E)
-    T22 = _inverse(w * E)
+    w2 = tl.load(w + 32)[:, None]
+    T22 = _inverse(w2 * tl.load(_cell(erase, 2, 2)))
     _put(inverse, 2, 2, T22)
-    E = _below(k, k, rk, rk, total, t + 32, t, at, T, skt, skt, st, K, KB)
-    _put(erase, 2, 0, E)
-    A20 = w * E
-    E = _below(k, k, rk, rk, total, t + 32, t + 16, at, T, skt, skt, st, K, KB)
-    _put(erase, 2, 1, E)
-    A21 = w * E
+    _put(inverse, 2, 3, none)
+    A20 = w2 * tl.load(_cell(erase, 2, 0))
+    A21 = w2 * tl.load(_cell(erase, 2, 1))
     T21 = -_times(T22, _times(A21, T11))
     _put(inverse, 2, 1, T21)
     T20 = -_times(T22, _times(A20, T00) + _times(A21, T10))
     _put(inverse, 2, 0, T20)
-    w = tl.load(weight + at + t + 48 + i)[:, None]
-    E = _diagonal(k, k, rk, rk, total, t + 48, at, T, skt, skt, st, K, KB, 0)
-    _put(erase, 3, 3, E)
-    T33 = _inverse(w * E)
+    w3 = tl.load(w + 48)[:, None]
+    T33 = _inverse(w3 * tl.load(_cell(erase, 3, 3)))
     _put(inverse, 3, 3, T33)
-    E = _below(k, k, rk, rk, total, t + 48, t, at, T, skt, skt, st, K, KB)
-    _put(erase, 3, 0, E)
-    A30 = w * E
-    E = _below(k, k, rk, rk, total, t + 48, t + 16, at, T, skt, skt, st, K, KB)
-    _put(erase, 3, 1, E)
-    A31 = w * E
-    E = _below(k, k, rk, rk, total, t + 48, t + 32, at, T, skt, skt, st, K, KB)
-    _put(erase, 3, 2, E)
-    A32 = w * E
+    A30 = w3 * tl.load(_cell(erase, 3, 0))
+    A31 = w3 * tl.load(_cell(erase, 3, 1))
+    A32 = w3 * tl.load(_cell(erase, 3, 2))
     T32 = -_times(T33, _times(A32, T22))
     _put(inverse, 3, 2, T32)
     T31 = -_times(T33, _times(A31, T11) + _times(A32, T21))
@@ -225,7 +211,7 @@ def local(early_k, v, go, weight, kept, fresh, erase, dv, through_k, through_q, 
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     dA = tl.where(i > j, -dA, 0.0)
     dP = tl.where(i >= j, dP, 0.0)
-    dw += tl.sum(dA * tl.load(square(erase, (index * NC + c) * (C * C))).to(tl.float32), 1)
+    dw += tl.sum(dA * tl.load(square(erase, (index * NC + c) * (C * C))), 1)
     tl.store(dweight + at, dw)
     tl.store(square(through_k, (index * NC + c) * (C * C)), (dA * w[:, None]).to(through_k.dtype.element_ty))
     tl.store(square(through_q, (index * NC + c) * (C * C)), dP.to(through_q.dtype.element_ty))
@@ -234,8 +220,7 @@ def local(early_k, v, go, weight, kept, fresh, erase, dv, through_k, through_q, 
 @triton.jit
 def _sixteen(x, r, c):
     """Block (r, c) of a (C C) matrix."""
-    i = tl.arange(0, 16)
-    return tl.load(x + (r * 16 + i)[:, None] * C + (c * 16 + i)[None, :])
+    return tl.load(_cell(x, r, c))
 
 
 @triton.jit(do_not_specialize=["T", "H", "NC"])
