@@ -233,7 +233,7 @@ def test_padding_leaves_the_state(kind: str, size: int) -> None:
     padding = torch.arange(size) >= torch.arange(size + 1)[:, None]
     for x in (*given.values(), *([] if gate is None else [gate])):
         x[padding] = torch.nan
-    output, after = delta_rule_step(**given, gate=gate, state=state, padding=padding)
+    output, after = delta_rule_step(**given, gate=gate, state=state, padding=padding, starts=padding)
     torch.testing.assert_close(after[0], state[0], rtol=0, atol=0)
     for row in range(1, size + 1):
         short = {name: x[row : row + 1, :row] for name, x in given.items()}
@@ -318,4 +318,4 @@ def test_words_that_are_unknown_or_missing_are_said() -> None:
     with pytest.raises(ValueError, match="no implementation 'cuda'"):
         delta_rule(**given, implementation="cuda")
     with pytest.raises(ValueError, match=r"padding of shape \(1, 6\)"):
-        inspect.unwrap(delta_rule_step)(**given, state=torch.zeros(1, 4, 4, 3), padding=torch.zeros(6, dtype=torch.bool))
+# -- Errors ------------------------------------------------------------------------------------------------------------
