@@ -46,6 +46,11 @@ def _marks(starts: Tensor | None, q: Tensor) -> Tensor:
     return q if starts is None else starts.contiguous().view(torch.uint8)
 
 
+def _stacked(like: Tensor, call: _Call, rows: str, columns: str) -> Tensor:
+    """A matrix a chunk, one above the other: a compiler would fix a count of one chunk, did it have an axis."""
+    return like.new_empty(call.rows, call.heads, call.chunks * call.tiles[rows], call.tiles[columns])
+
+
 def _steps(inputs: list[Tensor], marks: Tensor, grad: Tensor | None, inverses: Tensor, call: _Call) -> list[Tensor]:
     """The step of every chunk's state, or with ``grad`` the step back: turn, add and carry."""
     lead, tiles, v = (call.rows, call.heads, call.chunks), call.tiles, inputs[2]
@@ -85,17 +90,16 @@ def dplr_triton(
     starts: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, final state, the state before each chunk (b h n k v) and the inverse of each chunk (b h n c c)."""
+    """Output, final state, the state before each chunk (b h nk v) and the inverse of each chunk (b h nc c)."""
     call, marks = _call(q, v, starts), _marks(starts, q)
     inputs = [x.contiguous() for x in (q, k, v, a, b, log_decay)]
-    lead, tiles = (call.rows, call.heads, call.chunks), call.tiles
     output = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = v.new_empty(call.rows, call.heads, q.shape[3], v.shape[3], dtype=torch.float32)
-    kept = v.new_empty(*lead, tiles["KB"], tiles["VB"])
-    inverses = v.new_empty(*lead, tiles["C"], tiles["C"])
+    kept = _stacked(v, call, "KB", "VB")
+    inverses = _stacked(v, call, "C", "C")
     _walk(_steps(inputs, marks, None, inverses, call), initial_state, kept, final, call, adjoint=False)
     outputs[call.grid](
-        *inputs, marks, inverses, kept, output, *call.lengths, **tiles, STARTS=call.starts,
+        *inputs, marks, inverses, kept, output, *call.lengths, **call.tiles, STARTS=call.starts,
         num_warps=call.plan.output_warps,
     )  # fmt: skip
     return output, final, kept, inverses
@@ -104,12 +108,11 @@ def dplr_triton(
 @dplr_triton.register_fake
 def _(q, k, v, a, b, log_decay, starts, initial_state):  # type: ignore[no-untyped-def]
     call = _call(q, v, starts)
-    lead, tiles = (call.rows, call.heads, call.chunks), call.tiles
     return (
         torch.empty_like(v, memory_format=torch.contiguous_format),
         v.new_empty(call.rows, call.heads, q.shape[3], v.shape[3], dtype=torch.float32),
-        v.new_empty(*lead, tiles["KB"], tiles["VB"]),
-        v.new_empty(*lead, tiles["C"], tiles["C"]),
+        _stacked(v, call, "KB", "VB"),
+        _stacked(v, call, "C", "C"),
     )
 
 

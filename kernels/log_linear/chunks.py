@@ -91,7 +91,7 @@ def chunks_backward(
     inverse, delta = made.inverse, made.inverse * beta[..., None, :]
     near = d.within != 0
     grad_query = grad.query.masked_fill(d.enter == 0, 0)
-    grad_key = (grad.key - reads @ grad.turn.mT).masked_fill(d.leave == 0, 0)
+    grad_key = grad.key - reads @ grad.turn.mT
     grad_attend = (grad.attend - grad_query @ reads.mT).masked_fill(~near, 0)
     grad_reads = -(made.attend.mT @ grad_query) - made.key @ grad.turn
     scores = raw * d.within
