@@ -318,4 +318,5 @@ def test_words_that_are_unknown_or_missing_are_said() -> None:
     with pytest.raises(ValueError, match="no implementation 'cuda'"):
         delta_rule(**given, implementation="cuda")
     with pytest.raises(ValueError, match=r"padding of shape \(1, 6\)"):
-# -- Errors ------------------------------------------------------------------------------------------------------------
+        short = torch.zeros(6, dtype=torch.bool)
+        inspect.unwrap(delta_rule_step)(**given, state=torch.zeros(1, 4, 4, 3), padding=short)
