@@ -112,9 +112,10 @@ class Backbone(nn.Module):
 
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         blocks = []
-        for letter in self.letters:
+        for layer, letter in enumerate(self.letters):
             try:
                 mixer = config.mixers[letter](config.d_model)
+                mixer.place(layer, len(self.letters))
             except ValueError as error:
                 raise ConfigError(f"backbone.mixers.{letter}: {error}") from error
             try:

@@ -20,7 +20,22 @@ from torch import Tensor
 from seqlong.block import Block, run_block
 from seqlong.ffn import SwiGLU
 from seqlong.layout import SequenceLayout
-from seqlong.mixers import Attention, Bidirectional, Mamba2, Mixer
+from seqlong.mixers import (
+    GLA,
+    HGRN2,
+    KDA,
+    Attention,
+    Bidirectional,
+    CosFormer2,
+    DeltaNet,
+    GatedDeltaNet,
+    LightningAttention,
+    LinearAttention,
+    Mamba2,
+    Mixer,
+    RetNet,
+    SimpleGLA,
+)
 from seqlong.norms import RMSNorm
 
 WIDTH = 16
@@ -35,6 +50,22 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "attention_window_one": partial(Attention, heads=2, window=1),
     "attention_both_sides": partial(Attention, heads=4, causal=False),
     "attention_both_sides_window": partial(Attention, heads=4, kv_heads=2, causal=False, window=4, positions="none"),
+    "gla": partial(GLA, heads=2),
+    "gla_conv": partial(GLA, heads=2, expand_k=1.0, conv_width=3, gate="none"),
+    "hgrn2": partial(HGRN2, heads=2, expand_k=0.5),
+    "linear_attention": partial(LinearAttention, heads=2),
+    "linear_attention_softmax": partial(LinearAttention, heads=2, feature="softmax", conv_width=3, gate="silu"),
+    "retnet": partial(RetNet, heads=2),
+    "lightning": partial(LightningAttention, heads=2),
+    "lightning_low_rank": partial(LightningAttention, heads=3, head_dim=6, gate_rank=4),
+    "cosformer2": partial(CosFormer2, heads=2),
+    "simple_gla": partial(SimpleGLA, heads=2, expand_v=2.0),
+    "deltanet": partial(DeltaNet, heads=2),
+    "deltanet_negative": partial(DeltaNet, heads=4, expand_v=2.0, negative_eigenvalues=True, gate="silu"),
+    "gated_deltanet": partial(GatedDeltaNet, heads=2, head_dim=6),
+    "gated_deltanet_groups": partial(GatedDeltaNet, heads=4, groups=2, head_dim=4, negative_eigenvalues=True),
+    "kda": partial(KDA, heads=2),
+    "kda_safe": partial(KDA, heads=2, head_dim=6, safe=True, negative_eigenvalues=True),
     "mamba2_both_sides": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8)),
     "mamba2_both_sides_tied": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8), tied=True),
 }
@@ -342,3 +373,29 @@ def test_every_block_compiles() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("compiled ") == len(MIXERS)
+
+
+def test_constants_are_rounded_by_no_cast_and_survive_the_meta_device() -> None:
+    for name in ("retnet", "lightning", "cosformer2"):
+        plain_one, cast = MIXERS[name](WIDTH), MIXERS[name](WIDTH).bfloat16()
+        with torch.device("meta"):
+            empty = MIXERS[name](WIDTH)
+        for other in (cast, empty.to_empty(device="cpu")):
+            for mine, theirs in zip(plain_one.buffers(), other.buffers(), strict=True):
+                assert mine.dtype == theirs.dtype == torch.float64 and torch.equal(mine, theirs)
+        assert not any("numbers" in key for key in plain_one.state_dict())
+
+
+def test_depth_sets_decays() -> None:
+    """Lightning's last block hardly forgets; HGRN2's bounds rise from none."""
+    first, last = LightningAttention(WIDTH, heads=2), LightningAttention(WIDTH, heads=2)
+    first.place(0, 5), last.place(4, 5)
+    torch.testing.assert_close(first.decay.numbers, torch.tensor([-(2.0**-4), -(2.0**-8)]).double() * (1 + 1e-5))
+    assert last.decay.numbers.abs().max() < 1e-6
+    bounds = []
+    for layer in range(4):
+        mixer = HGRN2(WIDTH, heads=2)
+        mixer.place(layer, 4)
+        bounds.append(torch.sigmoid(mixer.bound).mean().item() if mixer.bounded else 0.0)
+        assert mixer(torch.randn(1, 5, WIDTH), plain(5, 1))[0].isfinite().all()
+    assert bounds == pytest.approx([0, 0.25, 0.5, 0.75])

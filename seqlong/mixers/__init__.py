@@ -1,8 +1,29 @@
-"""Mixers: what moves information along the sequence. Each is one file that passes ``tests/test_mixers.py``."""
+"""Mixers: what moves information along the sequence. Each passes ``tests/test_mixers.py``."""
 
 from seqlong.mixers.attention import Attention
 from seqlong.mixers.base import Mixer, MixerFactory, MixerState
 from seqlong.mixers.bidirectional import Bidirectional
+from seqlong.mixers.deltanet import KDA, DeltaNet, GatedDeltaNet
+from seqlong.mixers.gla import GLA, SimpleGLA
+from seqlong.mixers.hgrn2 import HGRN2
+from seqlong.mixers.linear_attention import CosFormer2, LightningAttention, LinearAttention, RetNet
 from seqlong.mixers.mamba2 import Mamba2
 
-__all__ = ["Attention", "Bidirectional", "Mamba2", "Mixer", "MixerFactory", "MixerState"]
+__all__ = [
+    "GLA",
+    "HGRN2",
+    "KDA",
+    "Attention",
+    "Bidirectional",
+    "CosFormer2",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "LightningAttention",
+    "LinearAttention",
+    "Mamba2",
+    "Mixer",
+    "MixerFactory",
+    "MixerState",
+    "RetNet",
+    "SimpleGLA",
+]

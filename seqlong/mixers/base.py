@@ -53,6 +53,9 @@ class Mixer(nn.Module):
     bounded_state: bool = False
     residual_projections: tuple[str, ...] = ()
 
+    def place(self, layer: int, layers: int) -> None:
+        """Be told, once, to be block ``layer`` (from 0) of ``layers``: for what depends on depth."""
+
     def forward(
         self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: Any = None
     ) -> tuple[Float[Tensor, "b t d"], Any]:
