@@ -1,8 +1,8 @@
 """vector_decay in Triton: the op, its gradient, and the launches of both.
 
 Forward: ``segment_states`` and ``scan`` find the state that enters each segment, so that one long row fills the GPU
-like a batch; ``walk`` goes through every segment. The gradient mirrors this: the same three, adjoint, give grad v and the
-gradient of the state at the end of each chunk; ``keys`` makes the rest of both, chunk by chunk.
+like a batch; ``walk`` goes through every segment. The gradient mirrors this: the same three, adjoint, give grad v and
+the gradient of the state at the end of each chunk; ``keys`` makes the rest of both, chunk by chunk.
 """
 
 from __future__ import annotations

@@ -396,7 +396,7 @@ def keys(q, k, v, gate, bound, starts, go, kept, dkept, dq, dk, dgate, dbound, T
             if ACT != 2:
                 Kt = k_d.load([t0, ik * KS])
             b, enter, leave, carry = decays(g, seg, C, REV, STARTS)
-            # First all of grad q, then all of grad k: both at once, and their levels unrolled, would fill the registers.
+            # First all of grad q, then all of grad k: both at once, or levels unrolled, would fill the registers.
             P = tl.zeros((C, C), dtype=tl.float32)
             dQ = tl.zeros((C, KS), dtype=tl.float32)
             through = tl.zeros((KS,), dtype=tl.float32)
