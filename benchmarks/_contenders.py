@@ -6,9 +6,10 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+import _linear
 import torch
 import torch.nn.functional as F
 from _measure import Family, Inputs
@@ -255,6 +256,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "lightning": _gla(8, 128, constant=True),
     "decode": Family(_step_inputs, (), (), lambda x: _step(x, "chunked")),
+    **_linear.FAMILIES,
 }  # fmt: skip
 
 
@@ -275,6 +277,7 @@ CONTENDERS: dict[str, dict[str, tuple[str, Contender]]] = {
         "mamba2_ssd": ("seqlong", _now(lambda x: _ssd(x, None))),
         "mamba2_mixer": ("seqlong", _now(lambda x: _mixer(x, None))),
         "decode": ("seqlong", _now(lambda x: _step(x, None))),
+        **{name: ("seqlong", _now(partial(call, implementation=None))) for name, call in _linear.OURS.items()},
     },
     "once": {"bidirectional": (_ONCE, _now(lambda x: _ours(x, None)))},
     "chunked": {
@@ -286,6 +289,10 @@ CONTENDERS: dict[str, dict[str, tuple[str, Contender]]] = {
         "mamba2_ssd": ("seqlong chunked torch", _now(lambda x: _ssd(x, "chunked"))),
         "mamba2_mixer": ("seqlong chunked torch", _now(lambda x: _mixer(x, "chunked"))),
         "decode": ("seqlong chunked torch", _now(lambda x: _step(x, "chunked"))),
+        **{
+            name: ("seqlong chunked torch", _now(partial(call, implementation="chunked")))
+            for name, call in _linear.OURS.items()
+        },
     },
     "fla": {
         "simple_gla": (_FLA, _now(_fla)),
@@ -293,6 +300,7 @@ CONTENDERS: dict[str, dict[str, tuple[str, Contender]]] = {
         "bidirectional": (f"{_FLA}, twice", _now(_fla_both_ways)),
         "lightning": ("fla-core lightning_attn (simple_gla with constant decay)", _now(_fla_lightning)),
         "mamba2_ssd": (f"{_FLA}, B and C expanded, steps in torch", _now(_fla_ssd)),
+        **{name: (label, _now(call)) for name, (label, call) in _linear.FLA.items()},
     },
     "mamba-ssm": {
         "mamba2_ssd": ("mamba-ssm mamba_chunk_scan_combined", _now(_mamba_ssd)),

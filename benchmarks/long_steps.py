@@ -101,7 +101,11 @@ def _from_yaml(model: str, layers: int, width: int, checkpointing: str) -> Backb
 
     mixers = {letter: factory(said) for letter, said in settings["mixers"].items()}
     settings.update(
-        mixers=mixers, ffn=factory(settings["ffn"]), layers=layers, d_model=width, checkpointing=checkpointing,
+        mixers=mixers,
+        ffn=factory(settings["ffn"]),
+        layers=layers,
+        d_model=width,
+        checkpointing=checkpointing,
         residual_in_fp32=checkpointing != "tiled",
     )
     return BackboneConfig(**settings)

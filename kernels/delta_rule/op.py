@@ -9,7 +9,7 @@ from torch import Tensor
 from seqlong.kernels.delta_rule.activations import log_decays, weights
 from seqlong.kernels.delta_rule.chunked import delta_rule_chunked
 from seqlong.kernels.delta_rule.inputs import BETA, check
-from seqlong.kernels.delta_rule.plan import candidates, settled
+from seqlong.kernels.delta_rule.plan import candidates, works
 from seqlong.kernels.delta_rule.reference import delta_rule_reference
 from seqlong.kernels.dispatch import Choice, choose
 from seqlong.kernels.runtime import triton_runs_on
@@ -45,7 +45,7 @@ def why_not_triton(q: Tensor, v: Tensor, gate: Tensor | None) -> str | None:
 
 def _choose(q: Tensor, v: Tensor, gate: Tensor | None, implementation: str | None) -> Choice:
     reason = why_not_triton(q, v, gate)
-    if reason is None and v.is_cuda and settled(q, v) is None:
+    if reason is None and not works(q, v):
         reason = "no configuration of the Triton kernels passed its check on this GPU"
     if reason is None:
         return choose("delta_rule", OFFERED, "triton" if v.is_cuda else "chunked", implementation)

@@ -58,6 +58,16 @@ def settled(q: Tensor, v: Tensor) -> Plan | None:
     return None if config is None else _plan(tuple(config.items()))
 
 
+def works(q: Tensor, v: Tensor) -> bool:
+    """Whether there is a plan; this, unlike the plan itself, a compiler can ask while it traces."""
+    return _works(v.dtype, power(q.shape[3]), power(v.shape[3]), v.device)
+
+
+@torch.compiler.assume_constant_result
+def _works(dtype: torch.dtype, k: int, v: int, device: torch.device) -> bool:
+    return tuning.settle(*_asked(dtype, k, v), device) is not None
+
+
 @lru_cache
 def _asked(dtype: torch.dtype, k: int, v: int) -> tuple[str, str, tuning.Config]:
     """Op, key and default settings."""

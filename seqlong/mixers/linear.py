@@ -30,6 +30,8 @@ class LinearState(MixerState):
 class Constant(nn.Module):
     """Numbers in float64 that no cast of the model rounds, on its device; not learnt, not in checkpoints."""
 
+    numbers: Tensor
+
     def __init__(self, values: Sequence[float]) -> None:
         super().__init__()
         self.values = tuple(values)
