@@ -50,6 +50,7 @@ CASES: list[tuple[tuple[int, int, int, int, int], dict[str, Any], dict[str, int]
     ((1, 2, 2, 24, 16), {"starts": 1.0}, {}),
     ((2, 17, 1, 20, 13), {"starts": 0.2, "reverse": True}, {}),
     ((1, 40, 2, 16, 16), {"gate": "slow", "starts": 0.1}, {"programs_per_sm": 4}),
+    ((1, 90, 1, 16, 16), {"gate": "slow"}, {"programs_per_sm": 1}),  # several chunks in each of several segments
     ((1, 40, 1, 16, 32), {"gate": "slow", "reverse": True}, {"programs_per_sm": 9, "value_tile": 16}),
     ((1, 33, 1, 64, 16), {"form": "logsigmoid"}, {"programs_per_sm": 4, "key_slice": 16, "run": 1}),
     ((1, 65, 1, 32, 16), {"form": "lower_bound", "starts": 0.1}, {"chunk": 32, "key_slice": 16, "run": 2}),
@@ -73,6 +74,8 @@ def test_it_is_its_definition(
     with cut(case, **{"chunk": 16, **settings}):
         found = case.results("triton")
     agree(found, case.to(torch.float64).results("reference"), EXACT[options.get("dtype", torch.float32)])
+    if "starts" in case.fixed:
+        assert not found["grad of gate"][case.fixed["starts"]].any(), "a decay that is not applied has no gradient"
     for name, x in case.learned.items():
         assert found[f"grad of {name}"].dtype == x.dtype
 

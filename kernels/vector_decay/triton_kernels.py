@@ -43,7 +43,6 @@ def activated(x, bound, scale, inside, ACT: tl.constexpr):
         series = key * (1.0 + key * (0.5 + key * (0.3333333333 + key * 0.25)))
         decay = tl.maximum(bound + rest * tl.sigmoid(x), 1e-30)
         g = tl.where(key < 0.015625, -series * LOG2E, tl.log2(decay))
-        key = tl.where(inside, key, 0.0)
     return tl.where(inside, tl.maximum(g, LEAST), 0.0), key
 
 
