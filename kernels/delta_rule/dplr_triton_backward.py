@@ -107,7 +107,7 @@ def row_gradients(q, k, v, a, b, gate, starts, states, grad, values, received, g
     index = (row * H + h) * N + n
     type = k.dtype.element_ty
     total, before, _ = sums(gate, row, h, t0, T, H, K, C, KB)
-    mark, segment = segments(starts, row, t0, T, C, STARTS)
+    _, segment = segments(starts, row, t0, T, C, STARTS)
     dk, dv = tl.arange(0, KB), tl.arange(0, VB)
     first = (segment == 0)[:, None]
     past, strict = near(segment, C, False, False), near(segment, C, True, False)
@@ -129,7 +129,6 @@ def row_gradients(q, k, v, a, b, gate, starts, states, grad, values, received, g
             of_q += part * current
             part = through(ab, erasing, PIECE << step, C, False) + through(ak, writing, PIECE << step, C, False)
             of_a += part * earlier
-    of_a = tl.where((mark == 0)[:, None], of_a, 0.0)
     write(grad_q, of_q, row, h, t0, T, H, K, C, KB)
     write(grad_a, of_a, row, h, t0, T, H, K, C, KB)
     change = read(q, row, h, t0, T, H, K, C, KB) * of_q

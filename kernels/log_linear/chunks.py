@@ -89,15 +89,15 @@ def chunks_backward(
 
     reads, leaving = k * d.enter, k * d.leave
     inverse, delta = made.inverse, made.inverse * beta[..., None, :]
-    near = d.within != 0
-    grad_query = grad.query.masked_fill(d.enter == 0, 0)
+    grad_query = grad.query
     grad_key = grad.key - reads @ grad.turn.mT
-    grad_attend = (grad.attend - grad_query @ reads.mT).masked_fill(~near, 0)
+    grad_attend = grad.attend - grad_query @ reads.mT
     grad_reads = -(made.attend.mT @ grad_query) - made.key @ grad.turn
     scores = raw * d.within
     grad_scores = grad_attend @ delta.mT
-    grad_delta = (scores.mT @ grad_attend + leaving @ grad_key.mT).masked_fill(~near, 0)
+    grad_delta = scores.mT @ grad_attend + leaving @ grad_key.mT
     grad_leaving = delta @ grad_key
+    # Pairs of two segments, or of the future, are zero in all that the gradients are multiplied by: no masks.
     # d(I + L)⁻¹ = -(I + L)⁻¹ dL (I + L)⁻¹, L strictly lower.
     grad_lower = -(inverse.mT @ (grad_delta * beta[..., None, :]) @ inverse.mT).tril(-1)
     products = k @ k.mT
