@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ class HGRN2(LinearMixer):
     def place(self, layer: int, layers: int) -> None:
         self.bounded = layer > 0
         if self.bounded:
-            nn.init.constant_(self.bound, torch.logit(torch.tensor(layer / layers)).item())
+            nn.init.constant_(self.bound, math.log(layer / (layers - layer)))  # the logit of layer / layers
         else:
             del self.bound
 

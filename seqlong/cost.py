@@ -1,0 +1,176 @@
+"""What a part of the model costs: FLOPs of a token going forward, and the state that a row carries.
+
+Counted from the equations, an addition and a multiplication one each. Left out is what is a small multiple of the width
+a token: norms, activations, rotations, softmax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from seqlong.ffn.experts import ExpertLinear
+from seqlong.ffn.moe import MoE
+from seqlong.ffn.router import Router
+from seqlong.mixers.attention import Attention
+from seqlong.mixers.base import Mixer
+from seqlong.mixers.bidirectional import Bidirectional
+
+#: FLOPs a token of each number of a recurrent state ``(h k v)``: what ``kernels/*/reference.py`` does to it. Classes by
+#: name, their bases too; a mixer that is not here counts as one with a decay.
+OPERATIONS = {
+    "Mixer": (5, "decay 1, write kᵀv 2, read qS 2 (kernels/scalar_decay, vector_decay)"),
+    "LinearAttention": (4, "write kᵀv 2, read qS 2 (kernels/scalar_decay, without its decay)"),
+    "CosFormer2": (4, "write kᵀv 2, read qS 2 (kernels/scalar_decay, without its decay)"),
+    "DeltaNet": (6, "recall kS 2, write 2, read qS 2 (kernels/delta_rule)"),
+    "GatedDeltaNet": (7, "decay 1, recall kS 2, write 2, read qS 2 (kernels/delta_rule)"),
+    "KDA": (7, "decay 1, recall kS 2, write 2, read qS 2 (kernels/delta_rule)"),
+    "RWKV7": (9, "decay 1, recall aS 2, replace bᵀ 2, write kᵀv 2, read qS 2 (kernels/dplr)"),
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of the work on one token.
+
+    Attributes:
+        what: in a word or two.
+        flops: additions and multiplications, the mean over the tokens of a row.
+        formula: how it was counted, and where the formula is from.
+        grows: whether a longer row makes it larger.
+    """
+
+    what: str
+    flops: float
+    formula: str
+    grows: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a mixer or a feed-forward costs.
+
+    Attributes:
+        terms: of the FLOPs a token.
+        state: bytes that a row carries after ``length`` tokens; None for a mixer that needs the whole row at once.
+        growth: how the state grows with the length.
+    """
+
+    terms: tuple[Term, ...]
+    state: int | None = 0
+    growth: str = "none"
+
+    @property
+    def flops(self) -> float:
+        """A token, forward."""
+        return sum(term.flops for term in self.terms)
+
+
+def mixer_cost(mixer: Mixer, length: int, dtype: torch.dtype = torch.bfloat16) -> Cost:
+    """What ``mixer`` costs in a row of ``length`` tokens.
+
+    A mixer that no formula here fits offers a method ``cost(length) -> Cost``, which is taken at its word.
+
+    Args:
+        mixer: on any device; nothing is computed.
+        length: tokens of the row.
+        dtype: of activations, in which caches are kept (recurrent states are float32).
+    """
+    own = getattr(mixer, "cost", None)
+    if callable(own):
+        cost = own(length)
+        assert isinstance(cost, Cost)
+        return cost
+    if isinstance(mixer, Bidirectional):
+        backward = mixer.forward_mixer if mixer.backward_mixer is None else mixer.backward_mixer
+        assert isinstance(backward, Mixer)
+        terms = (*mixer_cost(mixer.forward_mixer, length, dtype).terms, *mixer_cost(backward, length, dtype).terms)
+        return Cost(terms, None, "needs the whole row")
+    if isinstance(mixer, Attention):
+        return _attention(mixer, length, dtype)
+    tensors = list(_tensors(mixer.initial_state(1, "meta", dtype)))
+    memory = sum(x.numel() for x in tensors if x.dim() >= 4)
+    each, formula = next(OPERATIONS[base.__name__] for base in type(mixer).__mro__ if base.__name__ in OPERATIONS)
+    recurrence = Term("recurrence", each * memory, f"{each} a number of the state: {formula}")
+    return Cost((*products(mixer), recurrence), sum(x.numel() * x.element_size() for x in tensors), "constant")
+
+
+def feed_forward_cost(ffn: nn.Module) -> Cost:
+    """What a feed-forward layer costs."""
+    return Cost(tuple(products(ffn)))
+
+
+def head_term(d_model: int, vocab_size: int) -> Term:
+    """Logits of one position."""
+    return Term("head", 2 * d_model * vocab_size, "2 a weight of W (d y)")
+
+
+def products(module: nn.Module) -> list[Term]:
+    """2 FLOPs a weight and token: of linear layers, of convolutions along the row, of the experts in use."""
+    linear = convolved = routed = 0.0
+    share: dict[int, float] = {}
+    for part in module.modules():
+        if isinstance(part, MoE):
+            share.update({id(inner): used_experts(part) for inner in part.experts.modules()})
+        if isinstance(part, nn.Linear):
+            linear += 2 * part.weight.numel()
+        elif isinstance(part, nn.Conv1d):
+            convolved += 2 * part.weight.numel()
+        elif isinstance(part, Router):
+            routed += 2 * part.weight.numel()
+        elif isinstance(part, ExpertLinear):
+            routed += 2 * part.weight[0].numel() * share[id(part)]
+    terms = [
+        Term("products", linear, "2 a weight of every linear layer"),
+        Term("convolution", convolved, "2 a tap and channel"),
+        Term("experts", routed, "2 a weight of the router and of the experts that a token uses"),
+    ]
+    return [term for term in terms if term.flops]
+
+
+def used_experts(moe: MoE) -> float:
+    """How many experts compute for a position, on average; shared ones and those that do nothing not counted."""
+    if not moe.identity:
+        return float(moe.router.active)
+    idle = moe.identity / (moe.experts.count + moe.identity) if moe.identity_share is None else moe.identity_share
+    return moe.router.active * (1 - idle)
+
+
+def seen(length: int, window: int | None, causal: bool = True) -> float:
+    """How many tokens a token attends to, itself included: the mean over a row."""
+    reach = length if window is None else min(window, length)
+    behind = (reach * (reach - 1) / 2 + (length - reach) * (reach - 1)) / length
+    return 1 + behind * (1 if causal else 2)
+
+
+def _attention(mixer: Attention, length: int, dtype: torch.dtype) -> Cost:
+    width = mixer.heads * mixer.head_dim
+    scores = 4 * width * seen(length, mixer.window, mixer.causal)
+    formula = "4 · heads · head_dim · tokens seen, for qkᵀ and the mean of v (arXiv 2204.02311, appendix B)"
+    term = Term("attention", scores, formula, grows=mixer.window is None or length < mixer.window)
+    each = 2 * mixer.kv_heads * mixer.head_dim * dtype.itemsize
+    if not mixer.causal:
+        return Cost((*products(mixer), term), None, "needs the whole row")
+    if mixer.window is None:
+        return Cost((*products(mixer), term), each * length, f"{each:,} B a token")
+    kept = min(length, mixer.window - 1)
+    return Cost((*products(mixer), term), each * kept, f"{each:,} B a token, to {mixer.window - 1:,}")
+
+
+def _tensors(state: object) -> Iterator[Tensor]:
+    """Every tensor of a state, however nested."""
+    if isinstance(state, Tensor):
+        yield state
+    elif dataclasses.is_dataclass(state):
+        for field in dataclasses.fields(state):
+            yield from _tensors(getattr(state, field.name))
+    elif isinstance(state, list | tuple):
+        for part in state:
+            yield from _tensors(part)
+    elif isinstance(state, dict):
+        for part in state.values():
+            yield from _tensors(part)
