@@ -74,7 +74,7 @@ def delta(x: Inputs, implementation: str | None) -> Tensor:
 
 
 def rwkv7(x: Inputs, implementation: str | None) -> Tensor:
-    from seqlong.kernels.delta_rule.dplr import dplr
+    from seqlong.kernels.dplr import dplr
 
     return dplr(x["q"], x["k"], x["v"], x["a"], x["b"], x["w"], implementation=implementation)[0]
 

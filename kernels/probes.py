@@ -267,7 +267,7 @@ PROBES = {
         Probe("delta_rule", "seqlong.kernels.delta_rule", _delta_rule, ("o", "final"),
               {"g": 2, "h": 2, "k": 64, "v": 64}, {"g": 8, "h": 8, "k": 128, "v": 128},
               ("plain", "packed", "no_gate", "channels")),
-        Probe("dplr", "seqlong.kernels.delta_rule", _dplr, ("o", "final"), {"h": 2, "k": 64, "v": 64},
+        Probe("dplr", "seqlong.kernels.dplr", _dplr, ("o", "final"), {"h": 2, "k": 64, "v": 64},
               {"h": 16, "k": 64, "v": 64}, ("plain", "packed")),
         Probe("log_linear", "seqlong.kernels.log_linear", _log_linear, ("o",), {"g": 1, "h": 2, "k": 32, "v": 32},
               {"g": 1, "h": 16, "k": 64, "v": 64}, ("plain", "packed", "delta")),

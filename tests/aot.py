@@ -146,6 +146,39 @@ def _rotary() -> Tensor:
     return rotary(x, torch.arange(512)[None], implementation="triton")
 
 
+def _drawn(count: int, width: int, t: int = 256, h: int = 2) -> list[Tensor]:
+    return [torch.zeros(1, t, h, width, dtype=torch.bfloat16, requires_grad=True) for _ in range(count)]
+
+
+def _vector_decay(width: int, bound: bool = False) -> Tensor:
+    from seqlong.kernels.vector_decay import vector_decay
+
+    q, k, v, gate = _drawn(4, width)
+    if bound:
+        lower = torch.zeros(2, width, requires_grad=True)
+        return vector_decay(q, None, v, gate, activation="lower_bound", lower_bound=lower, implementation="triton")[0]
+    return vector_decay(q, k, v, gate, activation="logsigmoid", divisor=16.0, implementation="triton")[0]
+
+
+def _delta_rule(width: int, gate: str) -> Tensor:
+    from seqlong.kernels.delta_rule import delta_rule
+
+    q, k, v = _drawn(3, width)
+    shape = {"none": None, "head": (1, 256, 2), "channel": (1, 256, 2, width)}[gate]
+    decay = None if shape is None else torch.zeros(shape, requires_grad=True)
+    beta = torch.zeros(1, 256, 2, requires_grad=True)
+    return delta_rule(q, k, v, beta, decay, normalize=True, implementation="triton")[0]
+
+
+def _dplr(width: int) -> Tensor:
+    from seqlong.kernels.dplr import dplr
+
+    decay = torch.zeros(1, 256, 2, width, requires_grad=True)
+    initial = torch.zeros(1, 2, width, width, requires_grad=True)
+    output, final = dplr(*_drawn(5, width), decay, initial_state=initial, implementation="triton")
+    return output.sum() + final.sum()
+
+
 CASES: dict[str, Callable[[], Tensor]] = {
     "gla64": lambda: _scalar_decay(64, 64),
     "gla64_state": lambda: _scalar_decay(64, 64, state=True),
@@ -168,6 +201,14 @@ CASES: dict[str, Callable[[], Tensor]] = {
     "ssd_state64": lambda: _ssd(k=64),
     "ssd_fp32": lambda: _ssd(dtype=torch.float32),
     "ssd_step": lambda: _ssd(t=1),
+    "vector64": lambda: _vector_decay(64),
+    "vector128": lambda: _vector_decay(128),
+    "vector64_bound": lambda: _vector_decay(64, bound=True),
+    "delta64": lambda: _delta_rule(64, "none"),
+    "delta128_gated": lambda: _delta_rule(128, "head"),
+    "delta64_gated": lambda: _delta_rule(64, "head"),
+    "delta128_kda": lambda: _delta_rule(128, "channel"),
+    "dplr64": lambda: _dplr(64),
     "short_conv": _short_conv,
     "short_conv_starts": lambda: _short_conv(starts=True),
     "short_conv_fp32": lambda: _short_conv(torch.float32),

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from peak_memory import grown
 from torch import Tensor
 
-from seqlong.kernels.delta_rule import dplr_chunked as chunked
-from seqlong.kernels.delta_rule.dplr import dplr, dplr_step
+from seqlong.kernels.dplr import chunked, dplr, dplr_step
 
 NAMES = ("q", "k", "v", "a", "b", "log_decay", "initial_state")
 GATES = {
@@ -289,7 +288,7 @@ def test_no_second_derivative_in_silence() -> None:
     ],
 )
 def test_says_what_does_not_fit(name: str, shape: tuple[int, ...], said: str) -> None:
-    from seqlong.kernels.delta_rule.dplr import check
+    from seqlong.kernels.dplr.op import check
 
     given = dict.fromkeys(("q", "k", "a", "b", "log_decay"), torch.zeros(1, 6, 2, 4)) | {"v": torch.zeros(1, 6, 2, 3)}
     others = {"starts": torch.zeros(1, 6, dtype=torch.bool), "initial_state": torch.zeros(1, 2, 4, 3)}

@@ -38,6 +38,7 @@ SIZES: dict[str, dict[str, int]] = {
     "ssd": {"g": 1, "h": 2, "k": 16, "v": 16},
     "vector_decay": {"h": 2, "k": 16, "v": 16},
     "delta_rule": {"g": 2, "h": 2, "k": 16, "v": 16},
+    "dplr": {"h": 2, "k": 16, "v": 16},
     "short_conv": {"d": 8, "w": 4},
     "rms_norm": {"d": 16},
     "gated_rms_norm": {"d": 16, "g": 2},

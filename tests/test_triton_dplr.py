@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from test_dplr import GATES, agree, draw, in_double, results
 
 from seqlong.kernels import runtime, tuning
-from seqlong.kernels.delta_rule import dplr_plan
-from seqlong.kernels.delta_rule.dplr import dplr
+from seqlong.kernels.dplr import dplr
+from seqlong.kernels.dplr import plan as dplr_plan
 
 # The interpreter computes what a mask then throws away: powers of the future, infinity less infinity.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

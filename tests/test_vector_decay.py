@@ -485,7 +485,6 @@ def test_no_second_derivative_in_silence() -> None:
         ({"activation": "lower_bound", "lower_bound": torch.zeros(2, 4)}, "makes k itself: pass k=None"),
         ({"k": None}, "needs k, found None"),
         ({"k": torch.zeros(1, 6, 2, 4, dtype=torch.float16)}, "of one type, found torch.float32 and torch.float16"),
-        ({"k": torch.zeros(1, 6, 2, 5)}, "k of shape (1, 6, 2, 4), found (1, 6, 2, 5)"),
         ({"v": torch.zeros(1, 6, 1, 4)}, "v of shape (1, 6, 2, 4), found (1, 6, 1, 4)"),
         ({"gate": torch.zeros(1, 5, 2, 4)}, "gate of shape (1, 6, 2, 4), found (1, 5, 2, 4)"),
         ({"bonus": torch.zeros(4, 2)}, "bonus of shape (2, 4), found (4, 2)"),
@@ -496,7 +495,6 @@ def test_no_second_derivative_in_silence() -> None:
 )
 def test_inputs_that_do_not_fit(changed: dict[str, Any], said: str) -> None:
     given = {name: torch.zeros(1, 6, 2, 4) for name in ("q", "k", "v", "gate")}
-    # jaxtyping, which tests switch on, would speak first.
-    function = vector_decay.__wrapped__ if hasattr(vector_decay, "__wrapped__") else vector_decay
+    function = getattr(vector_decay, "__wrapped__", vector_decay)  # jaxtyping, on in tests, would speak first
     with pytest.raises(ValueError, match=said.replace("(", r"\(").replace(")", r"\)")):
         function(**{**given, **changed})

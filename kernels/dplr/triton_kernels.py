@@ -1,6 +1,6 @@
 """Triton kernels of dplr: matrices of chunks, the walk over them, the output, the gradients.
 
-The mathematics is that of dplr_chunked.py: rows are q_i (all columns j <= i) and a_i (columns j < i, decays up to token
+The mathematics is that of chunked.py: rows are q_i (all columns j <= i) and a_i (columns j < i, decays up to token
 i - 1), columns are b_j and k_j. A chunk of C tokens is one program but in the walk, which is one program a head and
 value tile. Decays are applied to rows and columns up to a border between them: halves of the chunk, of those halves,
 down to pieces of 8 tokens, which are scaled to their middle; each is one product of the whole chunk, of which a mask

@@ -1,11 +1,11 @@
-"""Triton kernels of dplr's gradients; see dplr_triton_kernels.py."""
+"""Triton kernels of dplr's gradients; see triton_kernels.py."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from seqlong.kernels.delta_rule.dplr_triton_kernels import (
+from seqlong.kernels.dplr.triton_kernels import (
     PIECE,
     level,
     near,

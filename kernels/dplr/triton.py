@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqlong.kernels.delta_rule.dplr_plan import Plan, power, settled
-from seqlong.kernels.delta_rule.dplr_triton_backward import column_gradients, reads, row_gradients
-from seqlong.kernels.delta_rule.dplr_triton_kernels import matrices, outputs, walk
+from seqlong.kernels.dplr.plan import Plan, power, settled
+from seqlong.kernels.dplr.triton_backward import column_gradients, reads, row_gradients
+from seqlong.kernels.dplr.triton_kernels import matrices, outputs, walk
 from seqlong.kernels.precision import as_written
 
 

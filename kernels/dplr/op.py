@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqlong.kernels.delta_rule.dplr_chunked import dplr_chunked
-from seqlong.kernels.delta_rule.dplr_plan import candidates, works
-from seqlong.kernels.delta_rule.dplr_reference import dplr_reference
 from seqlong.kernels.dispatch import Choice, choose
+from seqlong.kernels.dplr.chunked import dplr_chunked
+from seqlong.kernels.dplr.plan import candidates, works
+from seqlong.kernels.dplr.reference import dplr_reference
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
 
@@ -138,7 +138,7 @@ def dplr(
         q, k, v, a, b, log_decay = (x.flip(1) for x in (q, k, v, a, b, log_decay))
         starts = None if starts is None else starts.flip(1)
     if choice.implementation == "triton":
-        from seqlong.kernels.delta_rule.dplr_triton import dplr_triton
+        from seqlong.kernels.dplr.triton import dplr_triton
 
         output, final, *_ = dplr_triton(q, k, v, a, b, log_decay, starts, initial_state)
     else:
