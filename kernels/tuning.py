@@ -439,12 +439,19 @@ def _environment(op: str, device: torch.device) -> dict[str, str]:
 
 @lru_cache
 def _source(op: str) -> str:
-    """A digest of the files that the op is made of, and of those that check it."""
+    """A digest of the files that the op is made of, those of ops that it borrows from, and those that check it."""
     from seqlong.kernels import probes
 
     here = Path(__file__).parent
+    own = sorted((here / probes.folder(op)).glob("*.py"))
+    said = "".join(path.read_text(encoding="utf-8") for path in own)
+    lent = sorted(set(re.findall(r"^\s*from seqlong\.kernels\.(\w+)[. ]", said, re.MULTILINE)))
     digest = hashlib.sha256()
-    for path in sorted((here / probes.folder(op)).glob("*.py")) + sorted(here.glob("*.py")):
+    for path in [
+        *own,
+        *(file for name in lent for file in sorted((here / name).glob("*.py"))),
+        *sorted(here.glob("*.py")),
+    ]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
