@@ -469,3 +469,18 @@ def test_a_wrong_kernel_is_not_used(toy: types.ModuleType, own: Path) -> None:
     check = tuning._default_check("toy", "bf16 d8", torch.device("cpu"))
     with pytest.warns(RuntimeWarning, match="toy: the own configuration .*gradient of x has a relative error"):
         assert settle("toy", "bf16 d8", {"spoil": "nothing"}, "cpu", check) == {"spoil": "nothing"}
+
+
+def test_young_kernels_are_checked_in_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def error(_probe: probes.Probe, way: str, *_on: object, case: str, **_settings: object) -> dict[str, float]:
+        seen.append(case)
+        return {"o": 1.0 if (case, way) == ("channels", "triton") else 0.0}
+
+    monkeypatch.setattr(probes, "error", error)
+    assert probes.self_check("vector_decay", "bf16 k64 v64", "cpu") is None
+    assert seen == ["plain", "packed", "lower_bound"]
+    assert probes.self_check("delta_rule", "bf16 k128 v128", "cpu") is not None, "KDA's kernels are wrong"
+    seen.clear()
+    assert probes.self_check("rms_norm", "bf16 y1024", "cpu") is None and seen == ["plain"]
