@@ -19,6 +19,8 @@ VERBS = {
         "train once for every combination",
         "seqlong sweep experiment=dna/demo model.backbone.d_model=64,128 seed=1,2",
     ),
+    "show": ("show a model: its blocks, parameters, state and FLOPs", "seqlong show model=hybridna_300m"),
+    "words": ("say what other libraries call things", "seqlong words window"),
     "report": ("write the HTML report of a run again", "seqlong report runs/demo-20260801-120000"),
     "bench": ("list or run the benchmarks", "seqlong bench"),
     "doctor": ("check this machine: what each op runs as, how right and how fast", "seqlong doctor"),
@@ -87,6 +89,14 @@ def _dispatch(words: list[str]) -> int:
         from seqlong.bench import command
 
         return int(command(rest) or 0)
+    if verb == "show":
+        from seqlong.show import command as show
+
+        return show(rest)
+    if verb == "words":
+        from seqlong.words import command as words_command
+
+        return words_command(rest)
     if verb == "doctor":
         from seqlong.doctor import command as doctor
 

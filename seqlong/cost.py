@@ -67,7 +67,7 @@ class Cost:
     @property
     def flops(self) -> float:
         """A token, forward."""
-        return sum(term.flops for term in self.terms)
+        return float(sum(term.flops for term in self.terms))
 
 
 def mixer_cost(mixer: Mixer, length: int, dtype: torch.dtype = torch.bfloat16) -> Cost:
@@ -95,7 +95,7 @@ def mixer_cost(mixer: Mixer, length: int, dtype: torch.dtype = torch.bfloat16) -
     tensors = list(_tensors(mixer.initial_state(1, "meta", dtype)))
     memory = sum(x.numel() for x in tensors if x.dim() >= 4)
     each, formula = next(OPERATIONS[base.__name__] for base in type(mixer).__mro__ if base.__name__ in OPERATIONS)
-    recurrence = Term("recurrence", each * memory, f"{each} a number of the state: {formula}")
+    recurrence = Term("recurrence", float(each * memory), f"{each} a number of the state: {formula}")
     return Cost((*products(mixer), recurrence), sum(x.numel() * x.element_size() for x in tensors), "constant")
 
 
@@ -106,7 +106,7 @@ def feed_forward_cost(ffn: nn.Module) -> Cost:
 
 def head_term(d_model: int, vocab_size: int) -> Term:
     """Logits of one position."""
-    return Term("head", 2 * d_model * vocab_size, "2 a weight of W (d y)")
+    return Term("head", 2.0 * d_model * vocab_size, "2 a weight of W (d y)")
 
 
 def products(module: nn.Module) -> list[Term]:

@@ -90,7 +90,7 @@ class Shown:
     @property
     def flops(self) -> float:
         """A token, forward."""
-        return sum(part.count * part.flops for part in self.parts)
+        return float(sum(part.count * part.flops for part in self.parts))
 
     @property
     def growing(self) -> float:
@@ -317,14 +317,14 @@ def _write_json(path: str, shown: Shown) -> None:
         raise SeqlongError(f"--json {path}: {error.strerror}") from error
 
 
-def _si(value: float) -> str:
+def _si(value: float | int) -> str:
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if value >= limit:
             return f"{value / limit:.3g} {unit}" if value < 1000 * limit else f"{value / limit:,.0f} {unit}"
     return f"{value:,.0f}"
 
 
-def _flops(value: float) -> str:
+def _flops(value: float | int) -> str:
     return _si(value).replace("B", "G")
 
 
