@@ -110,7 +110,10 @@ def head_term(d_model: int, vocab_size: int) -> Term:
 
 
 def products(module: nn.Module) -> list[Term]:
-    """2 FLOPs a weight and token: of linear layers, of convolutions along the row, of the experts in use."""
+    """2 FLOPs a weight and token: of linear layers, of convolutions along the row, of the experts in use.
+
+    Matrices that are no ``nn.Linear`` are known by their names, which end in ``down`` and ``up`` (low-rank gates).
+    """
     linear = convolved = routed = 0.0
     share: dict[int, float] = {}
     for part in module.modules():
@@ -124,6 +127,9 @@ def products(module: nn.Module) -> list[Term]:
             routed += 2 * part.weight.numel()
         elif isinstance(part, ExpertLinear):
             routed += 2 * part.weight[0].numel() * share[id(part)]
+        for name, matrix in part.named_parameters(recurse=False):
+            if matrix.dim() >= 2 and name.rpartition("_")[2] in ("down", "up"):
+                linear += 2 * matrix.numel()
     terms = [
         Term("products", linear, "2 a weight of every linear layer"),
         Term("convolution", convolved, "2 a tap and channel"),

@@ -162,7 +162,7 @@ def show(words: Sequence[str], length: int = LENGTH, config: str | None = None) 
     values = settings.get("backbone")
     if not isinstance(values, Mapping):
         raise ConfigError("this configuration has no model.backbone; choose one with model=NAME")
-    name = Path(config).parent.name if config else _name(composed, words)
+    name = Path(config).resolve().parent.name if config else _name(composed, words)
     return measure(name, build(dict(values), composed), dict(values), _tied(composed), length)
 
 

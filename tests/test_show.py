@@ -23,6 +23,7 @@ from seqlong.compose import compose, dump
 from seqlong.config_files import options
 from seqlong.cost import OPERATIONS, Cost, Term, _tensors, feed_forward_cost, mixer_cost, products, seen
 from seqlong.kernels.delta_rule.reference import delta_rule_reference
+from seqlong.kernels.dplr.reference import dplr_reference
 from seqlong.kernels.probes import PROBES
 from seqlong.kernels.scalar_decay.reference import scalar_decay_reference
 from seqlong.kernels.vector_decay.reference import vector_decay_reference
@@ -57,7 +58,7 @@ def test_matrix_products_are_those_that_torch_counts(name: str) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         mixer(hidden, SequenceLayout.build(1, 24))
     counted = counter.get_flop_counts()["Global"]
-    linear = sum(n for op, n in counted.items() if str(op) in ("aten.mm", "aten.addmm"))
+    linear = sum(n for op, n in counted.items() if str(op) in ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm"))
     (term,) = [term for term in products(mixer) if term.what == "products"]
     assert linear == 24 * term.flops
 
@@ -111,7 +112,7 @@ class Arithmetic(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("mixer", ["Mixer", "GLA", "LinearAttention", "DeltaNet", "GatedDeltaNet", "KDA"])
+@pytest.mark.parametrize("mixer", ["Mixer", "GLA", "LinearAttention", "DeltaNet", "GatedDeltaNet", "KDA", "RWKV7"])
 def test_recurrences_are_counted_from_their_definitions(mixer: str) -> None:
     tokens, heads, k, v = 3, 2, 5, 7
     q, key = torch.randn(2, 1, tokens, heads, k).unbind()
@@ -123,6 +124,8 @@ def test_recurrences_are_counted_from_their_definitions(mixer: str) -> None:
             scalar_decay_reference(q, key, value, decay)
         elif mixer == "GLA":
             vector_decay_reference(q, key, value, by_channel)
+        elif mixer == "RWKV7":
+            dplr_reference(q, key, value, -key, key, by_channel)
         else:
             gate = {"DeltaNet": decay, "GatedDeltaNet": decay, "KDA": by_channel}[mixer]
             delta_rule_reference(q, key, value, beta, gate)
