@@ -371,7 +371,7 @@ def test_configurations_build(name, tmp_path):
     ("settings", "message"),
     [
         ({"reverse_complement": 1.5}, r"reverse_complement is 1\.5; expected a probability"),
-        ({"soft_mask_weight": -1.0}, r"soft_mask_weight -1\.0 and workers 0 must be 0 or more"),
+        ({"soft_mask_weight": -1.0}, r"soft_mask_weight -1\.0 must be 0 or more"),
         ({"batch_size": 0}, r"length 64 and batch_size 0 must both be 1 or more"),
         ({"eval_length": 0}, r"eval_length 0 .* must be 1 or more"),
     ],

@@ -6,24 +6,23 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-import torch
-from lightning import LightningDataModule
 from numpy.typing import NDArray
 from rich.console import Console
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from seqlong.batch import SequenceBatch
+from seqlong.datamodules.base import SequenceData
 from seqlong.datamodules.dna.alphabet import DnaVocabulary
 from seqlong.datamodules.dna.assemble import Targets, assemble
 from seqlong.datamodules.dna.genome import Genome
 from seqlong.datamodules.dna.markov import markov_floor
 from seqlong.datamodules.dna.splits import BlockSplit, Region, Split, Splitter
 from seqlong.datamodules.dna.windows import EvaluationWindows, Order, ShortRecords, TrainingWindows
-from seqlong.datamodules.sampler import BatchRequest, BatchSampler, EvaluationSampler, Stage, check_stages
+from seqlong.datamodules.sampler import BatchRequest, Stage
 from seqlong.errors import ConfigError
 
 
-class GenomeData(LightningDataModule):
+class GenomeData(SequenceData):
     """Windows of one or several genomes.
 
     Training is endless: give the Trainer ``max_steps``, ``val_check_interval`` in batches and
@@ -76,28 +75,17 @@ class GenomeData(LightningDataModule):
         workers: int = 0,
         cache_dir: str | None = None,
     ) -> None:
-        super().__init__()
-        self.stages = list(stages) if stages is not None else [Stage(length, batch_size)]
-        check_stages(self.stages)
+        super().__init__(length, batch_size, stages, eval_length, eval_batch_size, seed, workers)
         if not 0 <= reverse_complement <= 1:
             raise ConfigError(f"reverse_complement is {reverse_complement}; expected a probability from 0 to 1")
-        if soft_mask_weight < 0 or workers < 0:
-            raise ConfigError(f"soft_mask_weight {soft_mask_weight} and workers {workers} must be 0 or more")
+        if soft_mask_weight < 0:
+            raise ConfigError(f"soft_mask_weight {soft_mask_weight} must be 0 or more")
         self.path = path
-        self.length, self.batch_size = self.stages[-1].length, self.stages[-1].batch_size
-        self.eval_length = self.length if eval_length is None else eval_length
-        self.eval_batch_size = self.batch_size if eval_batch_size is None else eval_batch_size
-        if self.eval_length < 1 or self.eval_batch_size < 1:
-            raise ConfigError(
-                f"eval_length {self.eval_length} and eval_batch_size {self.eval_batch_size} must be 1 or more"
-            )
         self.targets, self.order, self.short_records = targets, order, short_records
         self.reverse_complement, self.soft_mask_weight = reverse_complement, soft_mask_weight
-        self.seed, self.workers = seed, workers
         self._splitter = split if split is not None else BlockSplit()
         self._circular: Sequence[str] | Literal["all"] = circular if circular is not None else ()
         self._cache_dir = cache_dir
-        self._start = 0
         self._genome: Genome | None = None
         self._split: Split | None = None
         self._training: list[TrainingWindows] | None = None
@@ -242,12 +230,8 @@ class GenomeData(LightningDataModule):
             for note in self._short_notes(3):
                 console.print(note, markup=False, highlight=False)
 
-    def train_dataloader(self) -> DataLoader[SequenceBatch]:
-        """Endless batches from where training stands."""
-        rank, world = self._place()
-        accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
-        sampler = BatchSampler(self.stages, rank, world, self._start, accumulate)
-        return self._loader(_TrainingBatches(self), sampler, _ResumableLoader)
+    def training_batches(self) -> Dataset[SequenceBatch]:
+        return _TrainingBatches(self)
 
     def val_dataloader(self) -> DataLoader[SequenceBatch]:
         """Every base of the validation split once."""
@@ -269,57 +253,8 @@ class GenomeData(LightningDataModule):
         )
         return self._evaluation_loader(windows)
 
-    def state_dict(self) -> dict[str, int]:
-        """``{"consumed_batches": int}``: batches trained on, not fetched, since training began."""
-        if self.trainer is None:
-            return {"consumed_batches": self._start}
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        return {"consumed_batches": progress.processed}  # type: ignore[attr-defined]
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on after that many batches."""
-        self._start = int(state_dict["consumed_batches"])
-
-    def _place(self) -> tuple[int, int]:
-        """Data-parallel rank and ranks, which under sequence parallelism are not the process's."""
-        if self.trainer is None:
-            return 0, 1
-        # Lightning would put a shuffling sampler of its own in place of ours, without a word.
-        if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
-            raise ConfigError(
-                "trainer.use_distributed_sampler is true; GenomeData shares batches out itself: set it false"
-            )
-        kwargs = self.trainer.distributed_sampler_kwargs or {}
-        return int(kwargs.get("rank", 0)), int(kwargs.get("num_replicas", 1))
-
     def _evaluation_loader(self, windows: EvaluationWindows) -> DataLoader[SequenceBatch]:
-        sampler = EvaluationSampler(windows.size, self.eval_batch_size, *self._place())
-        return self._loader(_EvaluationBatches(self, windows), sampler)
-
-    def _loader(
-        self,
-        dataset: Dataset[SequenceBatch],
-        sampler: Sampler,  # type: ignore[type-arg]
-        kind: type[DataLoader] = DataLoader,  # type: ignore[type-arg]
-    ) -> DataLoader[SequenceBatch]:
-        return kind(
-            dataset,
-            sampler=sampler,
-            batch_size=None,  # the sampler asks for whole batches
-            num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
-            prefetch_factor=4 if self.workers else None,
-        )
-
-
-class _ResumableLoader(DataLoader[SequenceBatch]):
-    """A loader that Lightning takes for resumable, which it is: the data module tells the sampler where to start."""
-
-    def state_dict(self) -> dict[str, int]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        pass
+        return self.evaluation_loader(_EvaluationBatches(self, windows), windows.size)
 
 
 class _TrainingBatches(Dataset[SequenceBatch]):
