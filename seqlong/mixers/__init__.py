@@ -8,11 +8,15 @@ from seqlong.mixers.gla import GLA, SimpleGLA
 from seqlong.mixers.hgrn2 import HGRN2
 from seqlong.mixers.linear_attention import CosFormer2, LightningAttention, LinearAttention, RetNet
 from seqlong.mixers.mamba2 import Mamba2
+from seqlong.mixers.rwkv6 import RWKV6
+from seqlong.mixers.rwkv7 import RWKV7
 
 __all__ = [
     "GLA",
     "HGRN2",
     "KDA",
+    "RWKV6",
+    "RWKV7",
     "Attention",
     "Bidirectional",
     "CosFormer2",
