@@ -75,7 +75,9 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def test_every_op_with_triton_is_here() -> None:
-    assert set(SIZES) == {op for op, probe in PROBES.items() if "triton" in probes.implementations(probe)}
+    elsewhere = {"grouped_matmul"}  # rows without a sequence: tests/test_grouped_matmul.py asks the same of it
+    offered = {op for op, probe in PROBES.items() if "triton" in probes.implementations(probe)}
+    assert set(SIZES) == offered - elsewhere
 
 
 class Names(torch.utils._python_dispatch.TorchDispatchMode):
