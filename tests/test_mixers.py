@@ -33,6 +33,8 @@ from seqlong.mixers import (
     GatedDeltaNet,
     LightningAttention,
     LinearAttention,
+    LogLinearGatedDeltaNet,
+    LogLinearMamba2,
     Mamba2,
     Mixer,
     RetNet,
@@ -70,6 +72,8 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "kda_safe": partial(KDA, heads=2, head_dim=6, safe=True, negative_eigenvalues=True),
     "rwkv6": partial(RWKV6, heads=2, mix_rank=4, decay_rank=4),
     "rwkv7": partial(RWKV7, heads=2, decay_rank=4, erase_rank=4, gate_rank=4),
+    "log_linear_mamba2": partial(LogLinearMamba2, d_state=6, head_dim=8, groups=2, levels=6),
+    "log_linear_gated_deltanet": partial(LogLinearGatedDeltaNet, heads=2, head_dim=6, groups=1, levels=8),
     "mamba2_both_sides": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8)),
     "mamba2_both_sides_tied": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8), tied=True),
 }
@@ -406,3 +410,20 @@ def test_depth_sets_decays() -> None:
         bounds.append(torch.sigmoid(mixer.bound).mean().item() if mixer.bounded else 0.0)
         assert mixer(torch.randn(1, 5, WIDTH), plain(5, 1))[0].isfinite().all()
     assert bounds == pytest.approx([0, 0.25, 0.5, 0.75])
+
+
+@pytest.mark.parametrize("name", ["log_linear_mamba2", "log_linear_gated_deltanet"])
+def test_levels_of_weight_one_are_the_mixer_without_levels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer = make(name)
+    assert isinstance(mixer, LogLinearMamba2 | LogLinearGatedDeltaNet)
+    if isinstance(mixer, LogLinearMamba2):
+        other: Mixer = Mamba2(WIDTH, d_state=6, head_dim=8, groups=2).double()
+    else:
+        other = GatedDeltaNet(WIDTH, heads=2, head_dim=6, groups=1).double()
+    other.load_state_dict({name: value for name, value in mixer.state_dict().items() if "levels." not in name})
+    layout, hidden = packed()[0], rows(23, 3)
+    real = (layout.segment_ids > 0)[..., None]
+    assert not torch.allclose(mixer(hidden, layout)[0], other(hidden, layout)[0])
+    shape = mixer.levels.scale.shape
+    monkeypatch.setattr(mixer.levels, "forward", lambda x: torch.ones(*x.shape[:2], *shape, dtype=x.dtype))
+    close(mixer(hidden, layout)[0].where(real, 0), other(hidden, layout)[0].where(real, 0))

@@ -7,6 +7,7 @@ from seqlong.mixers.deltanet import KDA, DeltaNet, GatedDeltaNet
 from seqlong.mixers.gla import GLA, SimpleGLA
 from seqlong.mixers.hgrn2 import HGRN2
 from seqlong.mixers.linear_attention import CosFormer2, LightningAttention, LinearAttention, RetNet
+from seqlong.mixers.log_linear import LogLinearGatedDeltaNet, LogLinearMamba2
 from seqlong.mixers.mamba2 import Mamba2
 from seqlong.mixers.rwkv6 import RWKV6
 from seqlong.mixers.rwkv7 import RWKV7
@@ -24,6 +25,8 @@ __all__ = [
     "GatedDeltaNet",
     "LightningAttention",
     "LinearAttention",
+    "LogLinearGatedDeltaNet",
+    "LogLinearMamba2",
     "Mamba2",
     "Mixer",
     "MixerFactory",
