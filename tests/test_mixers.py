@@ -27,10 +27,12 @@ from seqlong.mixers import (
     RWKV6,
     RWKV7,
     Attention,
+    Based,
     Bidirectional,
     CosFormer2,
     DeltaNet,
     GatedDeltaNet,
+    Hedgehog,
     LightningAttention,
     LinearAttention,
     LogLinearGatedDeltaNet,
@@ -74,6 +76,8 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "rwkv7": partial(RWKV7, heads=2, decay_rank=4, erase_rank=4, gate_rank=4),
     "log_linear_mamba2": partial(LogLinearMamba2, d_state=6, head_dim=8, groups=2, levels=6),
     "log_linear_gated_deltanet": partial(LogLinearGatedDeltaNet, heads=2, head_dim=6, groups=1, levels=8),
+    "based": partial(Based, heads=2, feature_dim=4),
+    "hedgehog": partial(Hedgehog, heads=2),
     "mamba2_both_sides": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8)),
     "mamba2_both_sides_tied": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8), tied=True),
 }
@@ -427,3 +431,22 @@ def test_levels_of_weight_one_are_the_mixer_without_levels(name: str, monkeypatc
     shape = mixer.levels.scale.shape
     monkeypatch.setattr(mixer.levels, "forward", lambda x: torch.ones(*x.shape[:2], *shape, dtype=x.dtype))
     close(mixer(hidden, layout)[0].where(real, 0), other(hidden, layout)[0].where(real, 0))
+
+
+def test_normalised_linear_attention_is_a_weighted_mean() -> None:
+    """By all pairs: BASED's weights are exp's Taylor series, Hedgehog's are sums of products of softmaxes."""
+    for name in ("based", "hedgehog"):
+        mixer, hidden = make(name), rows(11)
+        assert isinstance(mixer, Based | Hedgehog)
+        q, k, v = mixer.qkv_proj(hidden).split(list(mixer.widths), dim=-1)
+        q, k, v = (x.unflatten(2, (2, -1)).transpose(1, 2) for x in (q, k, v))
+        if isinstance(mixer, Based):
+            scores = q @ k.mT / 4**0.5
+            weights = 1 + scores + scores.square() / 2
+        else:
+            maps = zip((q, k), (mixer.query_map, mixer.key_map), strict=True)
+            fq, fk = (torch.cat([x @ w.mT, -x @ w.mT], dim=-1).softmax(-1) for x, w in maps)
+            weights = fq @ fk.mT
+        weights = weights.tril()
+        expected = (weights / weights.sum(-1, keepdim=True)) @ v
+        close(mixer(hidden, plain(11))[0], mixer.out_proj(expected.transpose(1, 2).flatten(2)))

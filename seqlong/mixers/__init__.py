@@ -4,6 +4,7 @@ from seqlong.mixers.attention import Attention
 from seqlong.mixers.base import Mixer, MixerFactory, MixerState
 from seqlong.mixers.bidirectional import Bidirectional
 from seqlong.mixers.deltanet import KDA, DeltaNet, GatedDeltaNet
+from seqlong.mixers.feature_maps import Based, Hedgehog
 from seqlong.mixers.gla import GLA, SimpleGLA
 from seqlong.mixers.hgrn2 import HGRN2
 from seqlong.mixers.linear_attention import CosFormer2, LightningAttention, LinearAttention, RetNet
@@ -19,10 +20,12 @@ __all__ = [
     "RWKV6",
     "RWKV7",
     "Attention",
+    "Based",
     "Bidirectional",
     "CosFormer2",
     "DeltaNet",
     "GatedDeltaNet",
+    "Hedgehog",
     "LightningAttention",
     "LinearAttention",
     "LogLinearGatedDeltaNet",
