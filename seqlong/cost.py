@@ -93,10 +93,12 @@ def mixer_cost(mixer: Mixer, length: int, dtype: torch.dtype = torch.bfloat16) -
     if isinstance(mixer, Attention):
         return _attention(mixer, length, dtype)
     tensors = list(_tensors(mixer.initial_state(1, "meta", dtype)))
-    memory = sum(x.numel() for x in tensors if x.dim() >= 4)
     each, formula = next(OPERATIONS[base.__name__] for base in type(mixer).__mro__ if base.__name__ in OPERATIONS)
-    recurrence = Term("recurrence", float(each * memory), f"{each} a number of the state: {formula}")
-    return Cost((*products(mixer), recurrence), sum(x.numel() * x.element_size() for x in tensors), "constant")
+    memory = sum(x.numel() for x in tensors if x.dim() == 4)
+    ran = [Term("recurrence", float(each * memory), f"{each} a number of the state: {formula}")] if memory else []
+    for stack in (x for x in tensors if x.dim() == 5):  # (b h m k v)
+        ran.append(_log_linear(stack.shape[2], stack[:, :, 0].numel(), each, length))
+    return Cost((*products(mixer), *ran), sum(x.numel() * x.element_size() for x in tensors), "constant")
 
 
 def feed_forward_cost(ffn: nn.Module) -> Cost:
@@ -165,6 +167,22 @@ def _attention(mixer: Attention, length: int, dtype: torch.dtype) -> Cost:
         return Cost((*products(mixer), term), each * length, f"{each:,} B a token")
     kept = min(length, mixer.window - 1)
     return Cost((*products(mixer), term), each * kept, f"{each:,} B a token, to {mixer.window - 1:,}")
+
+
+def buckets_in_use(length: int, buckets: int) -> float:
+    """How many states of a Fenwick stack are not empty: the mean over the tokens of a row.
+
+    Before token t, bucket m holds tokens if bit m of t is set; the last one takes all that higher ones would hold.
+    """
+    used = sum((length >> bit + 1 << bit) + max(0, length % (2 << bit) - (1 << bit)) for bit in range(buckets - 1))
+    return (used + max(0, length - (1 << buckets - 1))) / length
+
+
+def _log_linear(buckets: int, size: int, each: int, length: int) -> Term:
+    """``each`` is what a token does to a single state: all but the write, 2, it does to every bucket in use."""
+    flops = size * (4 + (each - 2 + (2 if each > 5 else 0)) * buckets_in_use(length, buckets))
+    formula = "as if each bucket in use were a state, kᵀv written to one (kernels/log_linear)"
+    return Term("recurrence", float(flops), formula, grows=length < 1 << buckets - 1)
 
 
 def _tensors(state: object) -> Iterator[Tensor]:

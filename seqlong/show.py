@@ -240,7 +240,7 @@ def measure(name: str, backbone: Any, values: Mapping[str, Any], tied: bool, len
 
 def repeated(letters: str) -> str:
     """``mmmammmm × 3``, the shortest unit that a pattern repeats; ``mma × 2 + m`` where it ends early."""
-    for size in range(1, len(letters) + 1):
+    for size in range(1, len(letters) // 2 + 1):
         unit = letters[:size]
         if (unit * math.ceil(len(letters) / size))[: len(letters)] == letters:
             whole, rest = divmod(len(letters), size)

@@ -68,6 +68,7 @@ PEERS: dict[str, dict[str, Peers]] = {
         "LinearAttention": Peers(
             "LinearAttention", "", "", "basic_linear_attention (Linear-MoE)", "BLA, kernel attention, TransNormer"
         ),
+        "LogLinearGatedDeltaNet": Peers(also="log-linear attention, Fenwick tree"),
         "LogLinearMamba2": Peers("LogLinearMamba2", also="log-linear attention, Fenwick tree"),
         "Mamba2": Peers("Mamba2", "Mamba2", "Mamba2Mixer, BambaMixer", "MambaMixer", "SSD, SSM, state space duality"),
         "MoM": Peers("MomAttention", "", "", "mom_linear_attention (Linear-MoE)", "mixture of memories"),
@@ -160,6 +161,7 @@ PEERS: dict[str, dict[str, Peers]] = {
         "expand": Peers("expand, hidden_ratio", "expand", "expand", ""),
         "expand_k": Peers("expand_k, expand_ratio", "", "linear_key_head_dim", ""),
         "expand_v": Peers("expand_v", "", "linear_value_head_dim", ""),
+        "erase_rank": Peers("a_low_rank_dim", also="LoRA"),
         "experts": Peers("", "", "num_local_experts, num_experts, n_routed_experts", "--num-experts"),
         "feature": Peers("feature_map", "", "", "--la-feature-map (Linear-MoE)", "kernel function"),
         "ffn": Peers("", "mlp_cls", "mlp", "mlp", "feed-forward"),
@@ -176,6 +178,7 @@ PEERS: dict[str, dict[str, Peers]] = {
         "kv_heads": Peers("num_kv_heads", "num_heads_kv", "num_key_value_heads", "--num-query-groups",
             "GQA, MQA, n_query_groups"),
         "layers": Peers("num_hidden_layers", "n_layer", "num_hidden_layers", "--num-layers", "depth, blocks"),
+        "mix_rank": Peers("proj_low_rank_dim", also="LoRA"),
         "mixer": Peers("", "mixer_cls", "", "", "wrapped mixer"),
         "mixers": Peers("attn", "ssm_cfg, attn_cfg", "", "--sequence-modeling-module (Linear-MoE)"),
         "negative_eigenvalues": Peers("allow_neg_eigval", also="beta times two"),

@@ -21,7 +21,7 @@ import seqlong.mixers
 from seqlong.cli import main
 from seqlong.compose import compose, dump
 from seqlong.config_files import options
-from seqlong.cost import OPERATIONS, Cost, Term, _tensors, feed_forward_cost, mixer_cost, products, seen
+from seqlong.cost import OPERATIONS, Cost, Term, _tensors, buckets_in_use, feed_forward_cost, mixer_cost, products, seen
 from seqlong.kernels.delta_rule.reference import delta_rule_reference
 from seqlong.kernels.dplr.reference import dplr_reference
 from seqlong.kernels.probes import PROBES
@@ -155,6 +155,14 @@ def test_only_full_attention_grows() -> None:
         assert any(term.grows for term in long.terms) == (name == "Attention"), name
 
 
+@pytest.mark.parametrize("buckets", [1, 2, 4, 9])
+@pytest.mark.parametrize("length", [1, 2, 23, 64, 100])
+def test_buckets_in_use(buckets: int, length: int) -> None:
+    last = 1 << buckets - 1
+    used = sum((t % last).bit_count() + (t >= last) for t in range(length))
+    assert buckets_in_use(length, buckets) == pytest.approx(used / length)
+
+
 def test_a_mixer_may_say_its_cost_itself() -> None:
     class Own(Mixer):
         def cost(self, length: int) -> Cost:
@@ -259,9 +267,9 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_show_prints_a_line_and_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["show", "model=hybrid_small", "model.backbone.layers=6", "--length", "8,192"]) == 0
+    assert main(["show", "model=hybrid_small", "model.backbone.layers=10", "--length", "8,192"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("hybrid_small: mmma + mm, 6 blocks of width 128, ")
+    assert text.startswith("hybrid_small: mmma × 2 + mm, 10 blocks of width 128, ")
     assert "m: Mamba2" in text and "d_state 32, head_dim 32" in text and "state at 8,192" in text
     assert "512 B a token, to 511" in text and "0 % of the FLOPs at 8,192 tokens grow with the length" in text
 
@@ -315,6 +323,7 @@ def test_mistakes_are_told_in_a_sentence(words: list[str], complaint: str, capsy
 def test_patterns_are_written_as_what_repeats() -> None:
     assert repeated("m") == "m" and repeated("mmmm") == "m × 4" and repeated("mmma") == "mmma"
     assert repeated("mmmammma") == "mmma × 2" and repeated("mmammamm") == "mma × 2 + mm"
+    assert repeated("mmmammmm") == "mmmammmm", "once and a bit is no repetition"
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
