@@ -26,6 +26,8 @@ OPERATIONS = {
     "Mixer": (5, "decay 1, write kᵀv 2, read qS 2 (kernels/scalar_decay, vector_decay)"),
     "LinearAttention": (4, "write kᵀv 2, read qS 2 (kernels/scalar_decay, without its decay)"),
     "CosFormer2": (4, "write kᵀv 2, read qS 2 (kernels/scalar_decay, without its decay)"),
+    "Based": (4, "write kᵀv 2, read qS 2 (kernels/scalar_decay, without its decay)"),
+    "Hedgehog": (4, "write kᵀv 2, read qS 2 (kernels/scalar_decay, without its decay)"),
     "DeltaNet": (6, "recall kS 2, write 2, read qS 2 (kernels/delta_rule)"),
     "GatedDeltaNet": (7, "decay 1, recall kS 2, write 2, read qS 2 (kernels/delta_rule)"),
     "KDA": (7, "decay 1, recall kS 2, write 2, read qS 2 (kernels/delta_rule)"),
@@ -114,7 +116,7 @@ def head_term(d_model: int, vocab_size: int) -> Term:
 def products(module: nn.Module) -> list[Term]:
     """2 FLOPs a weight and token: of linear layers, of convolutions along the row, of the experts in use.
 
-    Matrices that are no ``nn.Linear`` are known by their names, which end in ``down`` and ``up`` (low-rank gates).
+    Matrices that are no ``nn.Linear`` are known by names that end in ``down``, ``up`` (low-rank gates) or ``map``.
     """
     linear = convolved = routed = 0.0
     share: dict[int, float] = {}
@@ -130,7 +132,7 @@ def products(module: nn.Module) -> list[Term]:
         elif isinstance(part, ExpertLinear):
             routed += 2 * part.weight[0].numel() * share[id(part)]
         for name, matrix in part.named_parameters(recurse=False):
-            if matrix.dim() >= 2 and name.rpartition("_")[2] in ("down", "up"):
+            if matrix.dim() >= 2 and name.rpartition("_")[2] in ("down", "up", "map"):
                 linear += 2 * matrix.numel()
     terms = [
         Term("products", linear, "2 a weight of every linear layer"),

@@ -52,6 +52,7 @@ PEERS: dict[str, dict[str, Peers]] = {
     "mixer": {
         "Attention": Peers("Attention", "MHA", "LlamaAttention", "SelfAttention",
             "softmax attention, MHA, GQA, MQA, SWA"),
+        "Based": Peers("BasedLinearAttention", "", "", "based (Linear-MoE)", "Taylor feature map"),
         "Bidirectional": Peers(also="BiMamba, two directions, masked modelling"),
         "CosFormer2": Peers(also="LRPE, linear attention with cosine decay, xmixers"),
         "DeltaNet": Peers("DeltaNet", "", "", "deltanet (Linear-MoE)", "delta rule, fast weights"),
@@ -60,6 +61,7 @@ PEERS: dict[str, dict[str, Peers]] = {
             "GatedDeltaNet", "", "Qwen3NextGatedDeltaNet", "GatedDeltaNet; gated_deltanet (Linear-MoE)", "GDN"
         ),
         "HGRN2": Peers("HGRN2Attention", "", "", "hgrn2 (Linear-MoE)", "hierarchically gated RNN"),
+        "Hedgehog": Peers("HedgehogFeatureMap", also="LoLCATs, learnt feature map, linearisation"),
         "KDA": Peers("KimiDeltaAttention", "", "KimiLinearDeltaAttention", "kda", "Kimi delta attention"),
         "LightningAttention": Peers(
             "chunk_lightning_attn", "", "MiniMaxLightningAttention", "lightning_attention (Linear-MoE)",
