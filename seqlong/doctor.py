@@ -6,10 +6,13 @@ import argparse
 import inspect
 import json
 import logging
+import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
@@ -85,6 +88,7 @@ def command(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", metavar="PATH", help="also write everything as JSON; - for the terminal, alone")
     parser.add_argument("--tune", action="store_true", help="find the fastest configurations on this GPU first")
     parser.add_argument("--device", metavar="cpu|cuda", help="the GPU if there is one, else the CPU")
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)  # what compile_ahead starts
     given = parser.parse_args(list(arguments))
     for op in given.ops:
         if op not in probes.PROBES:
@@ -95,7 +99,14 @@ def command(arguments: Sequence[str]) -> int:
     device = _device(given.device)
     chosen = [probe for probe in probes.PROBES.values() if probes.function(probe) is not None or probe.op in given.ops]
     chosen = [probe for probe in chosen if not given.ops or probe.op in given.ops]
+    if given.compile:
+        for probe in chosen:
+            compile_kernels(probe, device)
+        return 0
     console = _console(quiet=given.json == "-")
+    if device.type == "cuda" and len(chosen) > 1:
+        with console.status("compiling kernels side by side"):
+            compile_ahead([probe.op for probe in chosen])
     if given.tune:
         tune(chosen, device, console)
     facts = environment(device)
@@ -209,6 +220,30 @@ def examine(probe: probes.Probe, device: torch.device, quick: bool = False) -> F
         finding.seconds, _ = _attempt(lambda: probes.measure(probe, None, device, main, length=length))
         finding.plain_seconds, _ = _attempt(lambda: probes.measure(probe, probe.yardstick, device, main, length=length))
     return finding
+
+
+def compile_ahead(ops: Sequence[str], seconds: float = 300.0) -> None:
+    """Let processes of their own compile the ops' kernels, which this one then finds in Triton's cache.
+
+    One after the other they take minutes: the compiler uses one core. What goes wrong there is found again here.
+    """
+    code = "import sys; from seqlong.cli import main; sys.exit(main(sys.argv[1:]))"
+
+    def one(op: str) -> None:
+        command = [sys.executable, "-c", code, "doctor", op, "--compile"]
+        with suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(command, capture_output=True, timeout=seconds, check=False)
+
+    with ThreadPoolExecutor(max(1, min(len(ops), (os.cpu_count() or 2) - 1))) as pool:
+        list(pool.map(one, ops))
+
+
+def compile_kernels(probe: probes.Probe, device: torch.device) -> None:
+    """Run the op once in every way in which ``examine`` will."""
+    main = torch.bfloat16 if device.type == "cuda" and _has_bf16(device) else torch.float32
+    for case in probe.cases:
+        _attempt(lambda case=case: probes.run(probe, probes.inputs(probe, device, main, case=case), None))
+    _attempt(lambda: probes.run(probe, probes.inputs(probe, device, main, length=256, sizes=probe.large), None))
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -365,6 +365,32 @@ def test_configurations_in_use_are_shown(toy: Sequence[Config], tmp_path: Path) 
     assert re.search(r'toy +fp32 d8 +own, not checked +\{"pace": 1\}', printed)
 
 
+# -- Compiling side by side --------------------------------------------------------------------------------------------
+
+
+def test_kernels_are_compiled_in_every_way_that_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, Any]] = []
+    monkeypatch.setattr(probes, "run", lambda probe, given, way: seen.append((given.learned["x"].shape[1], way)))
+    doctor.compile_kernels(probes.PROBES["short_conv"], torch.device("cpu"))
+    assert seen == [(probes.LENGTH, None)] * 2 + [(256, None)], "plain, packed, and the widths that are timed"
+
+
+def test_a_process_for_each_op_and_what_it_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_settings: Any) -> None:
+        commands.append(command)
+        raise subprocess.TimeoutExpired(command, 1)  # no harm done
+
+    monkeypatch.setattr(doctor.subprocess, "run", run)
+    doctor.compile_ahead(["ssd", "rms_norm"])
+    assert sorted(command[-2] for command in commands) == ["rms_norm", "ssd"]
+    assert main(commands[0][3:]) == 0
+    assert capsys.readouterr().out == "", "it says nothing: the table is the first process's"
+
+
 # -- On a GPU ---------------------------------------------------------------------------------------------------------
 
 
