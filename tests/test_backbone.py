@@ -29,7 +29,7 @@ SIZES = {
     "hybrid_small": 0.8e6, "transformer_small": 0.8e6, "mamba2_small": 0.8e6, "hybrid_small_mlm": 0.8e6,
     "hybrid_medium": 25e6, "transformer_medium": 25e6, "mamba2_medium": 25e6,
     "hybridna_300m": 300e6, "transformer_300m": 300e6, "mamba2_300m": 300e6,
-    "moe_small": 2.1e6, "hybridna_3b": 3e9, "hybridna_7b": 7e9,
+    "moe_small": 2.1e6, "recall_hybrid": 0.137e6, "hybridna_3b": 3e9, "hybridna_7b": 7e9,
     # Of published shapes; tests/test_show.py holds them against the published counts.
     "linear_moe_2b": 2.32e9, "linear_moe_7b": 7.02e9, "minimax_01": 454.9e9, "gdn_h1": 1.32e9, "gdn_h2": 1.35e9,
     "kimi_linear": 50.5e9, "samba_421m": 0.42e9, "ring_mini_linear": 16.9e9,
