@@ -24,6 +24,7 @@ from seqlong.mixers import (
     GLA,
     HGRN2,
     KDA,
+    MLSTM,
     RWKV6,
     RWKV7,
     Attention,
@@ -78,6 +79,8 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "log_linear_gated_deltanet": partial(LogLinearGatedDeltaNet, heads=2, head_dim=6, groups=1, levels=8),
     "based": partial(Based, heads=2, feature_dim=4),
     "hedgehog": partial(Hedgehog, heads=2),
+    "mlstm": partial(MLSTM, heads=2, input_bias=0.0),
+    "mlstm_sigmoid": partial(MLSTM, heads=2, expand_k=1.0, input_gate="sigmoid"),
     "mamba2_both_sides": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8)),
     "mamba2_both_sides_tied": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8), tied=True),
 }
@@ -450,3 +453,22 @@ def test_normalised_linear_attention_is_a_weighted_mean() -> None:
         weights = weights.tril()
         expected = (weights / weights.sum(-1, keepdim=True)) @ v
         close(mixer(hidden, plain(11))[0], mixer.out_proj(expected.transpose(1, 2).flatten(2)))
+
+
+def test_exponential_gates_are_as_without_a_stabiliser_and_do_not_overflow() -> None:
+    mixer, hidden = make("mlstm"), rows(19)
+    assert isinstance(mixer, MLSTM)
+    q, k, v = mixer.qkv_proj(hidden).split(list(mixer.widths), dim=-1)
+    q, k, v = (x.unflatten(2, (2, -1)).transpose(1, 2) for x in (q, k, v))
+    forget, write = mixer.gates_proj(hidden).transpose(1, 2).chunk(2, dim=1)
+    faded = torch.nn.functional.logsigmoid(forget).cumsum(-1)
+    weights = (q @ k.mT / 4**0.5 * (faded[..., None] - faded[..., None, :] + write[..., None, :]).exp()).tril()
+    divisor = weights.sum(-1, keepdim=True).abs()
+    assert divisor.min() < 1 < divisor.max()
+    output = mixer.finish((weights @ v / divisor.clamp(min=1)).transpose(1, 2), hidden)
+    close(mixer(hidden, plain(19))[0], mixer.out_proj(output.flatten(2)))
+    mixer.gates_proj.weight.data *= 1e4
+    found = mixer.float()(hidden.float().requires_grad_(), plain(19))[0]
+    found.sum().backward()
+    gradients = [parameter.grad for parameter in mixer.parameters()]
+    assert found.isfinite().all() and all(x is not None and x.isfinite().all() for x in gradients)

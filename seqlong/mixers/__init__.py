@@ -10,6 +10,7 @@ from seqlong.mixers.hgrn2 import HGRN2
 from seqlong.mixers.linear_attention import CosFormer2, LightningAttention, LinearAttention, RetNet
 from seqlong.mixers.log_linear import LogLinearGatedDeltaNet, LogLinearMamba2
 from seqlong.mixers.mamba2 import Mamba2
+from seqlong.mixers.mlstm import MLSTM
 from seqlong.mixers.rwkv6 import RWKV6
 from seqlong.mixers.rwkv7 import RWKV7
 
@@ -17,6 +18,7 @@ __all__ = [
     "GLA",
     "HGRN2",
     "KDA",
+    "MLSTM",
     "RWKV6",
     "RWKV7",
     "Attention",
