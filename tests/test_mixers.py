@@ -25,6 +25,7 @@ from seqlong.mixers import (
     HGRN2,
     KDA,
     MLSTM,
+    RGLRU,
     RWKV6,
     RWKV7,
     Attention,
@@ -81,6 +82,7 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "hedgehog": partial(Hedgehog, heads=2),
     "mlstm": partial(MLSTM, heads=2, input_bias=0.0),
     "mlstm_sigmoid": partial(MLSTM, heads=2, expand_k=1.0, input_gate="sigmoid"),
+    "rglru": partial(RGLRU, width=12, heads=2),
     "mamba2_both_sides": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8)),
     "mamba2_both_sides_tied": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8), tied=True),
 }
@@ -472,3 +474,25 @@ def test_exponential_gates_are_as_without_a_stabiliser_and_do_not_overflow() -> 
     found.sum().backward()
     gradients = [parameter.grad for parameter in mixer.parameters()]
     assert found.isfinite().all() and all(x is not None and x.isfinite().all() for x in gradients)
+
+
+def test_rglru_is_its_recurrence_a_token_at_a_time() -> None:
+    mixer, hidden = make("rglru"), rows(150)
+    assert isinstance(mixer, RGLRU)
+    hidden.requires_grad_()
+    found = mixer(hidden, plain(150))[0]
+    x = mixer.conv1d(torch.nn.functional.pad(mixer.in_proj(hidden).mT, (3, 0))).mT
+    blocks = [torch.block_diag(*weight) for weight in mixer.gates_weight]
+    recurrent, taken = (torch.sigmoid(x @ w + b) for w, b in zip(blocks, mixer.gates_bias, strict=True))
+    decay = torch.exp(-8 * torch.nn.functional.softplus(mixer.rate) * recurrent)
+    steps, h = [], taken[:, 0] * x[:, 0]
+    for t in range(150):
+        h = h if t == 0 else decay[:, t] * h + (1 - decay[:, t] ** 2).sqrt() * taken[:, t] * x[:, t]
+        steps.append(h)
+    gate = torch.nn.functional.gelu(mixer.gate_proj(hidden), approximate="tanh")
+    expected = mixer.out_proj(torch.stack(steps, dim=1) * gate)
+    close(found, expected)
+    target, wanted = torch.randn_like(found), [hidden, *mixer.parameters()]
+    pairs = (torch.autograd.grad((y * target).sum(), wanted, retain_graph=True) for y in (found, expected))
+    for mine, theirs in zip(*pairs, strict=True):
+        close(mine, theirs, 1e-9)

@@ -11,6 +11,7 @@ from seqlong.mixers.linear_attention import CosFormer2, LightningAttention, Line
 from seqlong.mixers.log_linear import LogLinearGatedDeltaNet, LogLinearMamba2
 from seqlong.mixers.mamba2 import Mamba2
 from seqlong.mixers.mlstm import MLSTM
+from seqlong.mixers.rglru import RGLRU
 from seqlong.mixers.rwkv6 import RWKV6
 from seqlong.mixers.rwkv7 import RWKV7
 
@@ -19,6 +20,7 @@ __all__ = [
     "HGRN2",
     "KDA",
     "MLSTM",
+    "RGLRU",
     "RWKV6",
     "RWKV7",
     "Attention",
