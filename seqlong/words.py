@@ -73,6 +73,7 @@ PEERS: dict[str, dict[str, Peers]] = {
         "LogLinearGatedDeltaNet": Peers(also="log-linear attention, Fenwick tree"),
         "LogLinearMamba2": Peers("LogLinearMamba2", also="log-linear attention, Fenwick tree"),
         "Mamba2": Peers("Mamba2", "Mamba2", "Mamba2Mixer, BambaMixer", "MambaMixer", "SSD, SSM, state space duality"),
+        "MLSTM": Peers(also="xLSTM, matrix LSTM, TFLA"),
         "MoM": Peers("MomAttention", "", "", "mom_linear_attention (Linear-MoE)", "mixture of memories"),
         "RWKV6": Peers("RWKV6Attention", "", "", "rwkv6 (Linear-MoE)", "Finch"),
         "RWKV7": Peers("RWKV7Attention", "", "", "rwkv7 (Linear-MoE)", "Goose"),
@@ -336,8 +337,7 @@ def _settings(owners: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
             names = [field.name for field in dataclasses.fields(target)]
         for name in names:
             places.setdefault(name, []).append(owner)
-            if said.get(name, "").rstrip(".") not in ("", "as above", f"see ``{name}``"):
-                texts.setdefault(name, said[name])
+            texts[name] = texts.get(name) or said.get(name, "")
     return {name: (texts.get(name, ""), ", ".join(where)) for name, where in places.items()}
 
 
