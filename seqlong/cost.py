@@ -116,7 +116,8 @@ def head_term(d_model: int, vocab_size: int) -> Term:
 def products(module: nn.Module) -> list[Term]:
     """2 FLOPs a weight and token: of linear layers, of convolutions along the row, of the experts in use.
 
-    Matrices that are no ``nn.Linear`` are known by names that end in ``down``, ``up`` (low-rank gates) or ``map``.
+    Matrices that are no ``nn.Linear`` are known by names that end in ``down``, ``up`` (low-rank gates), ``map`` or, in
+    blocks, ``_weight``.
     """
     linear = convolved = routed = 0.0
     share: dict[int, float] = {}
@@ -132,7 +133,11 @@ def products(module: nn.Module) -> list[Term]:
         elif isinstance(part, ExpertLinear):
             routed += 2 * part.weight[0].numel() * share[id(part)]
         for name, matrix in part.named_parameters(recurse=False):
-            if matrix.dim() >= 2 and name.rpartition("_")[2] in ("down", "up", "map"):
+            if (
+                matrix.dim() >= 2
+                and name.rpartition("_")[2] in ("down", "up", "map")
+                or (matrix.dim() > 2 and name.endswith("_weight"))
+            ):
                 linear += 2 * matrix.numel()
     terms = [
         Term("products", linear, "2 a weight of every linear layer"),

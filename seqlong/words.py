@@ -75,6 +75,7 @@ PEERS: dict[str, dict[str, Peers]] = {
         "Mamba2": Peers("Mamba2", "Mamba2", "Mamba2Mixer, BambaMixer", "MambaMixer", "SSD, SSM, state space duality"),
         "MLSTM": Peers(also="xLSTM, matrix LSTM, TFLA"),
         "MoM": Peers("MomAttention", "", "", "mom_linear_attention (Linear-MoE)", "mixture of memories"),
+        "RGLRU": Peers("", "", "RecurrentGemmaRglru", "", "Griffin, RG-LRU, Hawk"),
         "RWKV6": Peers("RWKV6Attention", "", "", "rwkv6 (Linear-MoE)", "Finch"),
         "RWKV7": Peers("RWKV7Attention", "", "", "rwkv7 (Linear-MoE)", "Goose"),
         "RetNet": Peers("MultiScaleRetention", "", "", "retention (Linear-MoE)", "retention"),
