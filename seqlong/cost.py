@@ -133,10 +133,8 @@ def products(module: nn.Module) -> list[Term]:
         elif isinstance(part, ExpertLinear):
             routed += 2 * part.weight[0].numel() * share[id(part)]
         for name, matrix in part.named_parameters(recurse=False):
-            if (
-                matrix.dim() >= 2
-                and name.rpartition("_")[2] in ("down", "up", "map")
-                or (matrix.dim() > 2 and name.endswith("_weight"))
+            if (matrix.dim() >= 2 and name.rpartition("_")[2] in ("down", "up", "map")) or (
+                matrix.dim() > 2 and name.endswith("_weight")
             ):
                 linear += 2 * matrix.numel()
     terms = [
