@@ -59,8 +59,8 @@ def _decays(g: Tensor, piece: int) -> _Decays:
     rest = whole - total
     pieces = None
     if piece > 1:
-        middle = total[:, :, piece // 2 - 1 : piece // 2]
-        pieces = (total - middle).exp()[..., None, :], (middle - total).exp()[..., None, :]
+        # From the piece's first token, not its middle: a later decay must not move a bit of an earlier token.
+        pieces = total.exp()[..., None, :], (-total).exp()[..., None, :]
     halves = []
     size = piece
     while size < chunk:
