@@ -109,10 +109,14 @@ def compose(words: Sequence[str] = (), hardware: str | None = None) -> Composed:
     own_file = _register_own_experiment(chosen)
     for name, override in chosen.items():
         _check_option(name, str(override.value()), own_file)
-    final = [
-        "experiment=" + _OWN_EXPERIMENT if own_file and o.key_or_group == "experiment" else _forced(o, known)
-        for o in parsed
-    ]
+    final = []
+    for o in parsed:
+        if own_file and o.key_or_group == "experiment":
+            final.append("experiment=" + _OWN_EXPERIMENT)
+            continue
+        if _names_class(o):  # another class: what the file gave to the one before would be merged into it
+            final.append(f"++{o.key_or_group}=null")
+        final.append(_forced(o, known))
     if "hardware" not in chosen:
         final.insert(0, f"hardware={hardware or _detect_hardware()}")
 
@@ -173,7 +177,7 @@ def from_dict(config: dict[str, Any], words: Sequence[str] = ()) -> Composed:
                 raise ConfigError(f"'~{key}' removes nothing: there is no {key}")
             del node[leaf]
         else:
-            OmegaConf.update(house, key, override.value(), merge=True, force_add=True)
+            OmegaConf.update(house, key, override.value(), merge=not _names_class(override), force_add=True)
     return Composed(_resolve(house, []), overrides={o.key_or_group: o.input_line for o in parsed})
 
 
@@ -281,6 +285,14 @@ def _detect_hardware() -> str:
     import torch
 
     return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def _names_class(override: Any) -> bool:
+    """Whether a class is given whole, as ``{class_path: ..., init_args: ...}``."""
+    if override.is_delete():
+        return False
+    value = override.value()
+    return isinstance(value, dict) and "class_path" in {str(key) for key in value}
 
 
 def _forced(override: Any, known: Sequence[str]) -> str:

@@ -223,3 +223,9 @@ def test_no_experiment_and_files_of_the_wrong_kind() -> None:
     assert fails("experiment=nope.yaml") == "there is no file nope.yaml"
     assert f"Give it as experiment={TOY_FILE}" in fails("--config", str(TOY_FILE))
     assert "there is no experiment=dna/dmo" in fails("experiment=dna/dmo")
+
+
+def test_a_class_given_inline_takes_the_place_of_another_with_all_its_settings() -> None:
+    words = ["experiment=dna/demo", "model.backbone.mixers.m={class_path: seqlong.mixers.GLA, init_args: {heads: 2}}"]
+    mixer = compose(words).house["model"]["backbone"]["mixers"]["m"]
+    assert mixer == {"class_path": "seqlong.mixers.GLA", "init_args": {"heads": 2}}
