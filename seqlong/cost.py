@@ -162,7 +162,10 @@ def seen(length: int, window: int | None, causal: bool = True) -> float:
 
 def _attention(mixer: Attention, length: int, dtype: torch.dtype) -> Cost:
     width = mixer.heads * mixer.head_dim
-    scores = 4 * width * seen(length, mixer.window, mixer.causal)
+    far = max(0, length - (mixer.window or length))  # tokens that have some behind their window
+    sinks = sum(min(mixer.sinks, place) for place in range(1, min(far, mixer.sinks) + 1))
+    sinks += max(0, far - mixer.sinks) * mixer.sinks
+    scores = 4 * width * (seen(length, mixer.window, mixer.causal) + sinks / length)
     formula = "4 · heads · head_dim · tokens seen, for qkᵀ and the mean of v (arXiv 2204.02311, appendix B)"
     term = Term("attention", scores, formula, grows=mixer.window is None or length < mixer.window)
     each = 2 * mixer.kv_heads * mixer.head_dim * dtype.itemsize
@@ -171,7 +174,8 @@ def _attention(mixer: Attention, length: int, dtype: torch.dtype) -> Cost:
     if mixer.window is None:
         return Cost((*products(mixer), term), each * length, f"{each:,} B a token")
     kept = min(length, mixer.window - 1)
-    return Cost((*products(mixer), term), each * kept, f"{each:,} B a token, to {mixer.window - 1:,}")
+    state = each * (kept + mixer.sinks) + (8 if mixer.sinks else 0)
+    return Cost((*products(mixer), term), state, f"{each:,} B a token, to {mixer.window - 1 + mixer.sinks:,}")
 
 
 def buckets_in_use(length: int, buckets: int) -> float:

@@ -44,6 +44,7 @@ VARIANTS: dict[str, Any] = {
     **MIXERS,
     "window": lambda d: Attention(d, heads=4, kv_heads=2, window=9),
     "short window": lambda d: Attention(d, heads=4, window=99),
+    "gate, norms and sinks": lambda d: Attention(d, heads=4, window=9, gate=True, qk_norm=True, sinks=3),
     "grouped Mamba2": lambda d: Mamba2(d, d_state=16, head_dim=16, groups=2),
 }
 
@@ -76,6 +77,14 @@ def test_tokens_seen(window: int | None, causal: bool) -> None:
     length, reach = 24, 24 if window is None else window
     pairs = sum(abs(i - j) < reach and (j <= i or not causal) for i in range(length) for j in range(length))
     assert seen(length, window, causal) == pytest.approx(pairs / length)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(1, 1), (7, 3), (3, 9), (20, 9), (24, 2)])
+def test_sinks_beyond_the_window_are_counted(window: int, sinks: int) -> None:
+    mixer = Attention(WIDTH, heads=4, window=window, sinks=sinks)
+    (term,) = [term for term in mixer_cost(mixer, 24).terms if term.what == "attention"]
+    pairs = sum(j <= i and (i - j < window or j < sinks) for i in range(24) for j in range(24))
+    assert term.flops == pytest.approx(4 * WIDTH * pairs / 24)
 
 
 @pytest.mark.parametrize("name", ["SwiGLU", "GELU"])

@@ -1,0 +1,240 @@
+"""Attention variants against dense definitions in float64, and positions on several axes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from seqlong.kernels import runtime
+from seqlong.kernels.attention import attention
+from seqlong.kernels.attention import op as attention_op
+from seqlong.layout import SequenceLayout
+from seqlong.mixers import Attention, Mixer
+from seqlong.positions import lrpe, rotary, rotary_axes
+
+WIDTH = 16
+IDS = torch.tensor([[1] * 9 + [2] + [3] * 31 + [0] * 6, [1] * 3 + [2] * 44], dtype=torch.int32)
+
+
+def shaken(mixer: Mixer) -> Mixer:
+    """In float64, its parameters away from their initial values."""
+    mixer = mixer.double()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return mixer
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def places(ids: Tensor) -> Tensor:
+    """Each token's place in its segment, by a loop."""
+    found = torch.zeros(ids.shape, dtype=torch.int64)
+    for row, step in itertools.product(range(ids.shape[0]), range(1, ids.shape[1])):
+        found[row, step] = found[row, step - 1] + 1 if ids[row, step] == ids[row, step - 1] else 0
+    return found
+
+
+def turned(x: Tensor, angles: Tensor) -> Tensor:
+    """Pairs (i, i + k/2) of x ``(b t h k)`` as complex numbers, turned by angles ``(b t k/2)``."""
+    first, second = x.chunk(2, dim=-1)
+    result = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)[:, :, None]
+    return torch.cat([result.real, result.imag], dim=-1)
+
+
+def frequencies(width: int, base: float = 10000.0) -> Tensor:
+    return base ** (-2 * torch.arange(width // 2).double() / width)
+
+
+def softmax_over(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Dense attention, ``seen`` (b h i j); k and v shared by groups of heads; a query that sees nothing gets 0."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bihk,bjhk->bhij", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("bhij,bjhv->bihv", scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0), v)
+
+
+def in_windows(mixer: Mixer, hidden: Tensor, layout: SequenceLayout, cuts: list[int]) -> tuple[Tensor, Any]:
+    state, outputs = mixer.initial_state(hidden.shape[0], "cpu", hidden.dtype), []
+    for a, z in itertools.pairwise(cuts):
+        output, state = mixer(hidden[:, a:z], layout.slice(a, z), state)
+        outputs.append(output)
+    return torch.cat(outputs, dim=1), state
+
+
+# --- Attention's options ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [5, 512])
+@pytest.mark.parametrize(("window", "sinks"), [(4, 1), (1, 3), (7, 9), (60, 2)])
+def test_sinks_stay_visible_in_every_segment(window: int, sinks: int, block: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(attention_op, "BLOCK", block)
+    torch.manual_seed(0)
+    mixer, hidden = shaken(Attention(WIDTH, heads=4, kv_heads=2, window=window, sinks=sinks, positions="none")), None
+    hidden = torch.randn(2, 47, WIDTH, dtype=torch.float64)
+    place, real = places(IDS), (IDS > 0)[..., None]
+    seen = torch.zeros(2, 47, 47, dtype=torch.bool)
+    for row, i in itertools.product(range(2), range(47)):
+        for j in range(i + 1):
+            same = IDS[row, i] == IDS[row, j]
+            seen[row, i, j] = bool(same) and (i - j < window or int(place[row, j]) < sinks)
+    assert isinstance(mixer, Attention)
+    q, k, v = mixer.qkv_proj(hidden).unflatten(2, (-1, 4)).split([4, 2, 2], dim=2)
+    expected = mixer.out_proj(softmax_over(q, k, v, seen[:, None]).flatten(2)).where(real, 0)
+    layout = SequenceLayout.build(2, 47, IDS)
+    close(mixer(hidden, layout)[0].where(real, 0), expected)
+    for cuts in ([0, 47], [0, 2, 11, 30, 47], list(range(48))):
+        found, state = in_windows(mixer, hidden, layout, cuts)
+        close(found.where(real, 0), expected)
+        assert state.keys.shape[1] <= window - 1 and state.sink_keys.shape[1] == sinks
+    # The op finds the sinks of packed rows by itself too, and has their gradients.
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    target, results = torch.randn(2, 47, 4, 4, dtype=torch.float64) * (IDS > 0)[..., None, None], []
+    for implementation, boundaries in (("reference", None), ("blocks", None), ("segments", layout.boundaries)):
+        out = attention(
+            *leaves, window=window, sinks=sinks, query_ids=IDS, key_ids=IDS, boundaries=boundaries,
+            implementation=implementation,
+        )  # fmt: skip
+        results.append(torch.autograd.grad((out * target).sum(), leaves))
+    for found, expected in itertools.product(results[1:], results[:1]):
+        for mine, theirs in zip(found, expected, strict=True):
+            close(mine, theirs)
+
+
+def test_sinks_without_segments_are_the_first_tokens_of_the_row() -> None:
+    q, k, v = torch.randn(3, 1, 1300, 2, 8, dtype=torch.float64)
+    found = attention(q, k, v, window=5, sinks=3)
+    steps = torch.arange(1300)
+    distance = steps[:, None] - steps
+    close(found, softmax_over(q, k, v, ((distance >= 0) & ((distance < 5) | (steps < 3)))[None, None]))
+
+
+@pytest.mark.parametrize("options", [{"window": None}, {"causal": False, "window": 4}, {"positions": "alibi"}])
+def test_sinks_go_with_a_causal_window_only(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="sinks"):
+        Attention(WIDTH, heads=4, sinks=2, **{"window": 3, **options})
+    with pytest.raises(ValueError, match="sinks"):
+        attention(*torch.randn(3, 1, 4, 1, 4), sinks=1)
+
+
+def test_gate_norms_interpolation_and_partial_rotation_by_hand() -> None:
+    torch.manual_seed(0)
+    mixer = shaken(Attention(WIDTH, heads=2, gate=True, qk_norm=True, partial_rotary=0.75, rope_scale=8.0))
+    hidden = torch.randn(2, 19, WIDTH, dtype=torch.float64)
+    assert isinstance(mixer, Attention) and mixer.q_norm is not None and mixer.k_norm is not None
+    assert isinstance(mixer.gate_proj, nn.Linear)
+    q, k, v = mixer.qkv_proj(hidden).unflatten(2, (3, 2, 8)).unbind(2)
+    angles = (torch.arange(19).double()[None, :, None] / 8 * frequencies(6)).expand(2, -1, -1)
+    q, k = (
+        x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+        for x, norm in ((q, mixer.q_norm), (k, mixer.k_norm))
+    )
+    q, k = (torch.cat([turned(x[..., :6], angles), x[..., 6:]], dim=-1) for x in (q, k))
+    mixed = softmax_over(q, k, v, torch.ones(19, 19, dtype=torch.bool).tril()[None, None]).flatten(2)
+    expected = mixer.out_proj(mixed * torch.sigmoid(mixer.gate_proj(hidden)))
+    close(mixer(hidden, SequenceLayout.build(2, 19))[0], expected)
+
+
+@pytest.mark.parametrize("width", [3, 12])
+@pytest.mark.parametrize("way", [{}, {"window": 4}, {"causal": False}])
+def test_values_of_another_width_than_keys(width: int, way: dict[str, Any]) -> None:
+    q, k = torch.randn(2, 2, 21, 2, 8, dtype=torch.float64)
+    v = torch.randn(2, 21, 1, width, dtype=torch.float64)
+    found = attention(q, k[:, :, :1], v, **way)
+    close(found, attention(q, k[:, :, :1], v, **way, implementation="reference"))
+
+
+# --- positions -------------------------------------------------------------------------------------------------------
+
+
+def grid(frames: int, height: int, width: int) -> Tensor:
+    """Positions of a video, (1 t 3)."""
+    axes = (torch.arange(n) for n in (frames, height, width))
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)[None]
+
+
+@pytest.mark.parametrize("code", ["rotary", "lrpe"])
+def test_products_depend_on_differences_along_each_axis(code: str) -> None:
+    axes, positions = [4, 6, 2], grid(3, 2, 4)
+    q, k = torch.randn(2, 1, 24, 2, 12, dtype=torch.float64)
+
+    def products(shift: list[int]) -> Tensor:
+        moved = positions + torch.tensor(shift)
+        mapped = [rotary_axes(x, moved, axes) if code == "rotary" else lrpe(x, moved, axes) for x in (q, k)]
+        return torch.einsum("bihk,bjhk->bhij", *mapped)
+
+    still = products([0, 0, 0])
+    for shift in ([7, 0, 0], [0, 100_000, 0], [0, 0, 3], [5, 1_000, 2**31]):
+        close(products(shift), still, 1e-8)
+    for axis in range(3):  # but one of two tokens that moves alone changes them
+        moved = positions.clone()
+        moved[:, 5, axis] += 1
+        alone = [rotary_axes(x, moved, axes) if code == "rotary" else lrpe(x, moved, axes) for x in (q, k)]
+        assert not torch.allclose(torch.einsum("bihk,bjhk->bhij", *alone)[:, :, 5, :5], still[:, :, 5, :5])
+
+
+def test_one_frame_is_an_image_and_one_pixel_a_text() -> None:
+    x = torch.randn(1, 6, 2, 12, dtype=torch.float64)
+    image = rotary_axes(x[..., 4:], grid(1, 2, 3)[..., 1:], [4, 4])
+    close(rotary_axes(x, grid(1, 2, 3), [4, 4, 4]), torch.cat([x[..., :4], image], dim=-1))
+    text = rotary_axes(x, torch.arange(6)[None], [4])
+    close(rotary_axes(x, grid(6, 1, 1), [4, 4, 4]), text)
+    close(rotary_axes(x, torch.arange(6)[None], [12]), rotary(x, torch.arange(6)[None]))
+    same = torch.arange(6)[None, :, None].expand(1, 6, 3)  # a token of text stands at its number on every axis
+    close(rotary_axes(x, torch.arange(6)[None], [4, 4, 4]), rotary_axes(x, same, [4, 4, 4]))
+    angles = torch.arange(6).double()[None, :, None] * frequencies(4)
+    close(rotary_axes(x, same, [4, 4, 4])[..., 8:], turned(x[..., 8:], angles))
+
+
+def test_places_between_tokens_in_triton() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    reason = runtime.triton_runs_on(torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(reason)
+    x = torch.randn(2, 5, 3, 8, requires_grad=True)
+    positions, results = (torch.arange(5).expand(2, 5) + 1_000_003) / torch.tensor(3.0, dtype=torch.float64), []
+    for implementation in ("triton", "reference"):
+        out = rotary(x, positions, implementation=implementation)
+        results.append([out, *torch.autograd.grad(out.square().cumsum(1).sum(), x)])
+    for mine, theirs in zip(*results, strict=True):
+        close(mine, theirs, 1e-5)
+
+
+def test_lrpe_is_a_sum_of_cosines() -> None:
+    q, k = torch.rand(2, 1, 24, 1, 8, dtype=torch.float64)
+    positions, axes = grid(2, 3, 4), [2, 4, 2]
+    mapped = [lrpe(x, positions, axes, turning=0.5) for x in (q, k)]
+    assert mapped[0].shape[-1] == 8 + 4
+    expected = torch.zeros(24, 24, dtype=torch.float64)
+    channel = 0
+    for axis, size in enumerate(axes):
+        for i in range(size):
+            rate = 10000.0 ** (-2 * i / size) if i < size // 2 else 0.0
+            away = (positions[0, :, None, axis] - positions[0, None, :, axis]).double()
+            expected += q[0, :, None, 0, channel] * k[0, None, :, 0, channel] * (away * rate).cos()
+            channel += 1
+    close(torch.einsum("ik,jk->ij", mapped[0][0, :, 0], mapped[1][0, :, 0]), expected)
+    with pytest.raises(ValueError, match="lrpe needs axes that share the 8 channels"):
+        lrpe(q, positions, [4, 2, 4])
+
+
+def test_attention_over_a_video_does_not_see_where_it_stands() -> None:
+    torch.manual_seed(0)
+    mixer = shaken(Attention(24, heads=2, rope_axes=[4, 4, 2], causal=False))
+    hidden = torch.randn(1, 24, 24, dtype=torch.float64)
+    found = [mixer(hidden, SequenceLayout(None, grid(2, 3, 4) + torch.tensor(s)))[0] for s in ([0, 0, 0], [3, 50, 9])]
+    close(found[0], found[1])
+    other = mixer(hidden, SequenceLayout(None, grid(4, 3, 2)))[0]
+    assert not torch.allclose(found[0], other)
+    for axes in ([3, 4], [8, 6], [0, 2], []):
+        with pytest.raises(ValueError, match="even number of channels for each axis"):
+            Attention(24, heads=2, rope_axes=axes)
+    with pytest.raises(ValueError, match="partial_rotary"):
+        Attention(24, heads=2, rope_axes=[4], partial_rotary=0.5)
+    assert math.isclose(Attention(24, heads=2, partial_rotary=0.5).axes[0], 6)
