@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from seqlong.kernels import runtime
 from seqlong.kernels.attention import attention
 from seqlong.kernels.attention import op as attention_op
 from seqlong.layout import SequenceLayout
-from seqlong.mixers import Attention, Mixer
+from seqlong.mixers import Attention, Bidirectional, CosFormer2, Mixer
 from seqlong.positions import lrpe, rotary, rotary_axes
 
 WIDTH = 16
@@ -224,17 +224,41 @@ def test_lrpe_is_a_sum_of_cosines() -> None:
         lrpe(q, positions, [4, 2, 4])
 
 
-def test_attention_over_a_video_does_not_see_where_it_stands() -> None:
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(Attention, heads=2, rope_axes=[4, 4, 2], causal=False),
+        partial(Bidirectional, mixer=partial(CosFormer2, heads=2, axes=[4, 4, 4])),
+    ],
+)
+def test_a_mixer_over_a_video_does_not_see_where_it_stands(build: Any) -> None:
     torch.manual_seed(0)
-    mixer = shaken(Attention(24, heads=2, rope_axes=[4, 4, 2], causal=False))
+    mixer = shaken(build(24))
     hidden = torch.randn(1, 24, 24, dtype=torch.float64)
     found = [mixer(hidden, SequenceLayout(None, grid(2, 3, 4) + torch.tensor(s)))[0] for s in ([0, 0, 0], [3, 50, 9])]
     close(found[0], found[1])
     other = mixer(hidden, SequenceLayout(None, grid(4, 3, 2)))[0]
     assert not torch.allclose(found[0], other)
+
+
+def test_reading_backwards_keeps_the_axes() -> None:
+    mixer = shaken(Bidirectional(24, mixer=partial(Attention, heads=2, rope_axes=[4, 4, 2]), tied=True))
+    hidden, positions = torch.randn(1, 24, 24, dtype=torch.float64), grid(2, 3, 4)
+    one = Attention(24, heads=2, rope_axes=[4, 4, 2]).double()
+    one.load_state_dict({name.removeprefix("forward_mixer."): x for name, x in mixer.state_dict().items()})
+    left = one(hidden.flip(1), SequenceLayout(None, 5 - positions.flip(1)))[0].flip(1)
+    close(mixer(hidden, SequenceLayout(None, positions))[0], one(hidden, SequenceLayout(None, positions))[0] + left)
+    ids = torch.tensor([[1] * 9 + [2] * 11 + [0] * 4], dtype=torch.int32)
+    found = SequenceLayout(ids, positions).reversed.positions
+    assert torch.equal(found[0, :20], -positions[0, :20].flip(0)) and torch.equal(found[0, 20:], -positions[0, 20:])
+
+
+def test_axes_that_do_not_fit_are_refused() -> None:
     for axes in ([3, 4], [8, 6], [0, 2], []):
         with pytest.raises(ValueError, match="even number of channels for each axis"):
             Attention(24, heads=2, rope_axes=axes)
     with pytest.raises(ValueError, match="partial_rotary"):
         Attention(24, heads=2, rope_axes=[4], partial_rotary=0.5)
-    assert math.isclose(Attention(24, heads=2, partial_rotary=0.5).axes[0], 6)
+    assert Attention(24, heads=2, partial_rotary=0.6).axes == [6]
+    with pytest.raises(ValueError, match="share the 12 channels"):
+        CosFormer2(24, heads=2, axes=[4, 4])

@@ -71,6 +71,7 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "lightning": partial(LightningAttention, heads=2),
     "lightning_low_rank": partial(LightningAttention, heads=3, head_dim=6, gate_rank=4),
     "cosformer2": partial(CosFormer2, heads=2),
+    "cosformer2_axes": partial(CosFormer2, heads=2, axes=[2, 6]),
     "simple_gla": partial(SimpleGLA, heads=2, expand_v=2.0),
     "deltanet": partial(DeltaNet, heads=2),
     "deltanet_negative": partial(DeltaNet, heads=4, expand_v=2.0, negative_eigenvalues=True, gate="silu"),
