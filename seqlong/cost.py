@@ -7,6 +7,7 @@ a token: norms, activations, rotations, softmax.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -75,7 +76,8 @@ class Cost:
 def mixer_cost(mixer: Mixer, length: int, dtype: torch.dtype = torch.bfloat16) -> Cost:
     """What ``mixer`` costs in a row of ``length`` tokens.
 
-    A mixer that no formula here fits offers a method ``cost(length) -> Cost``, which is taken at its word.
+    A mixer that no formula here fits offers a method ``cost(length) -> Cost``, which is taken at its word; or
+    ``cost(length, dtype)``, where its state is kept in the type of activations.
 
     Args:
         mixer: on any device; nothing is computed.
@@ -84,7 +86,7 @@ def mixer_cost(mixer: Mixer, length: int, dtype: torch.dtype = torch.bfloat16) -
     """
     own = getattr(mixer, "cost", None)
     if callable(own):
-        cost = own(length)
+        cost = own(length, dtype) if "dtype" in inspect.signature(own).parameters else own(length)
         assert isinstance(cost, Cost)
         return cost
     if isinstance(mixer, Bidirectional):
@@ -176,6 +178,27 @@ def _attention(mixer: Attention, length: int, dtype: torch.dtype) -> Cost:
     kept = min(length, mixer.window - 1)
     state = each * (kept + mixer.sinks) + (8 if mixer.sinks else 0)
     return Cost((*products(mixer), term), state, f"{each:,} B a token, to {mixer.window - 1 + mixer.sinks:,}")
+
+
+def cached(
+    mixer: Mixer, flops: float, formula: str, each: int, length: int, window: int | None = None, every: int = 1
+) -> Cost:
+    """The cost of a mixer with a cache that grows.
+
+    Args:
+        mixer: the linear layers of which are counted too.
+        flops: of a token, in its attention.
+        formula: how they were counted.
+        each: bytes of an entry of the cache.
+        length: tokens of the row.
+        window: the cache keeps the entries of one token less than this; of all if not given.
+        every: tokens an entry.
+    """
+    term = Term("attention", flops, formula, grows=window is None or length < window)
+    kept = (length if window is None else min(length, window - 1)) // every
+    tokens = "a token" if every == 1 else f"{every} tokens"
+    growth = f"{each:,} B {tokens}" + ("" if window is None else f", to {window - 1:,}")
+    return Cost((*products(mixer), term), each * kept, growth)
 
 
 def buckets_in_use(length: int, buckets: int) -> float:

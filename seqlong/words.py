@@ -56,6 +56,7 @@ PEERS: dict[str, dict[str, Peers]] = {
         "Bidirectional": Peers(also="BiMamba, two directions, masked modelling"),
         "CosFormer2": Peers(also="LRPE, linear attention with cosine decay, xmixers"),
         "DeltaNet": Peers("DeltaNet", "", "", "deltanet (Linear-MoE)", "delta rule, fast weights"),
+        "DifferentialAttention": Peers("", "", "DiffLlamaAttention", "", "Diff Transformer, differential transformer"),
         "GLA": Peers("GatedLinearAttention", "", "", "gla (Linear-MoE)", "gated linear attention"),
         "GatedDeltaNet": Peers(
             "GatedDeltaNet", "", "Qwen3NextGatedDeltaNet", "GatedDeltaNet; gated_deltanet (Linear-MoE)", "GDN"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from seqlong.kernels import runtime
 from seqlong.kernels.attention import attention
 from seqlong.kernels.attention import op as attention_op
 from seqlong.layout import SequenceLayout
-from seqlong.mixers import Attention, Bidirectional, CosFormer2, Mixer
+from seqlong.mixers import Attention, Bidirectional, CosFormer2, DifferentialAttention, Mixer
 from seqlong.positions import lrpe, rotary, rotary_axes
 
 WIDTH = 16
@@ -262,3 +263,34 @@ def test_axes_that_do_not_fit_are_refused() -> None:
     assert Attention(24, heads=2, partial_rotary=0.6).axes == [6]
     with pytest.raises(ValueError, match="share the 12 channels"):
         CosFormer2(24, heads=2, axes=[4, 4])
+
+
+# --- other forms -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layer", "window"), [(0, None), (5, 4)])
+def test_differential_attention_by_hand(layer: int, window: int | None) -> None:
+    torch.manual_seed(0)
+    mixer = shaken(DifferentialAttention(24, heads=2, kv_heads=1, window=window))
+    mixer.place(layer, 9)
+    assert isinstance(mixer, DifferentialAttention) and mixer.head_dim == 6
+    hidden = torch.randn(2, 17, 24, dtype=torch.float64)
+    q, k, v = mixer.qkv_proj(hidden).split([24, 12, 12], dim=-1)
+    angles = (torch.arange(17).double()[None, :, None] * frequencies(6)).expand(2, -1, -1)
+    steps = torch.arange(17)
+    distance = steps[:, None] - steps
+    seen = (distance >= 0) & (distance < (window or 99))
+    start = 0.8 - 0.6 * math.exp(-0.3 * layer)
+    q1, k1, q2, k2 = *mixer.lambda_q, *mixer.lambda_k
+    share = torch.exp((q1 * q2).sum()) - torch.exp((k1 * k2).sum()) + start
+    heads = []
+    for head in range(2):
+        maps = []
+        for one in range(2):
+            query, key = q[..., one * 12 + head * 6 :][..., :6], k[..., one * 6 :][..., :6]
+            query, key = (turned(x[:, :, None], angles)[:, :, 0] for x in (query, key))
+            maps.append((query @ key.mT / 6**0.5).masked_fill(~seen, -torch.inf).softmax(-1))
+        mixed = (maps[0] - share * maps[1]) @ v
+        mixed = mixed / (mixed.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm.weight
+        heads.append((1 - start) * mixed)
+    close(mixer(hidden, SequenceLayout.build(2, 17))[0], mixer.out_proj(torch.cat(heads, dim=-1)))

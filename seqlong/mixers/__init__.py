@@ -4,6 +4,7 @@ from seqlong.mixers.attention import Attention
 from seqlong.mixers.base import Mixer, MixerFactory, MixerState
 from seqlong.mixers.bidirectional import Bidirectional
 from seqlong.mixers.deltanet import KDA, DeltaNet, GatedDeltaNet
+from seqlong.mixers.differential import DifferentialAttention
 from seqlong.mixers.feature_maps import Based, Hedgehog
 from seqlong.mixers.gla import GLA, SimpleGLA
 from seqlong.mixers.hgrn2 import HGRN2
@@ -28,6 +29,7 @@ __all__ = [
     "Bidirectional",
     "CosFormer2",
     "DeltaNet",
+    "DifferentialAttention",
     "GatedDeltaNet",
     "Hedgehog",
     "LightningAttention",

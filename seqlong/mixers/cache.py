@@ -16,12 +16,12 @@ from seqlong.mixers.base import MixerState
 class AttentionState(MixerState):
     """The keys and values that later tokens may still see, the most recent last.
 
-    Shapes: keys ``(b s g k)`` (already rotated), values ``(b s g v)``, valid ``(b s)``: whether the entry belongs to
-    the segment that goes on; None if all do.
+    Shapes: keys ``(b s g k)`` (already rotated), values ``(b s r v)``, valid ``(b s)``: whether the entry belongs to
+    the segment that goes on; None if all do. Values have as many heads as keys in most mixers.
     """
 
     keys: Float[Tensor, "b s g k"]
-    values: Float[Tensor, "b s g v"]
+    values: Float[Tensor, "b s r v"]
     valid: Bool[Tensor, "b s"] | None = None
 
     def keep(self, rows: Bool[Tensor, "b"]) -> AttentionState:
