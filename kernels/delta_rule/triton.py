@@ -1,6 +1,6 @@
 """delta_rule in Triton, for no gate or one a head: the op, its gradient, and the launches of both.
 
-Forward: ``prepare`` inverts every chunk at once; a ``walk`` of all segments from zero, together with what each segment
+Forward: ``products`` and ``invert`` prepare every chunk at once; a ``walk`` of all segments from zero, together with what each segment
 does to a state (columns of the identity walk along), and ``scan`` find the states that enter the segments, so that one
 long row fills the GPU like a batch; a second ``walk`` makes the output. Rows that fill the GPU by themselves are one
 segment each and need neither of the middle two. The gradient walks the same way back, with the same transitions.
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqlong.kernels.delta_rule import triton_backward, triton_forward
+from seqlong.kernels.delta_rule import triton_backward, triton_forward, triton_inverse
 from seqlong.kernels.delta_rule.plan import CHUNK, Plan, settled
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import use_allocator
@@ -103,10 +103,12 @@ def _prepare(q: Tensor, k: Tensor, weight: Tensor, log_decay: Tensor | None, nor
     g = w if log_decay is None else _by_head((log_decay.float() * LOG2E).clamp_(min=RESET), z)
     total, rq, rk = (torch.empty_like(w) for _ in range(3))
     inverse, scores = (q.new_empty(z.B, z.H, z.NC, CHUNK, CHUNK) for _ in range(2))
-    triton_forward.prepare[z.chunks](
-        q, k, w, g, total, rq, rk, inverse, scores, z.T, z.H, z.R, z.NC, *_strides(q), *_strides(k), K=z.K, KB=z.KB,
+    erase = torch.empty_like(inverse, dtype=torch.float32)  # what is inverted keeps its digits
+    triton_forward.products[z.chunks](
+        q, k, g, total, rq, rk, scores, erase, z.T, z.H, z.R, z.NC, *_strides(q), *_strides(k), K=z.K, KB=z.KB,
         NORM=normalize, GATED=log_decay is not None, num_warps=z.plan.prepare,
     )  # fmt: skip
+    triton_inverse.invert[z.chunks](w, erase, inverse, num_warps=1)
     return _Prepared(w, total, rq, rk, inverse, scores)
 
 

@@ -10,11 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqlong.kernels.delta_rule import triton_backward, triton_channel, triton_forward
+from seqlong.kernels.delta_rule import triton_backward, triton_channel, triton_forward, triton_inverse
 from seqlong.kernels.delta_rule.plan import CHUNK
 from seqlong.kernels.delta_rule.triton import (
-    LOG2E,
-    RESET,
     _by_head,
     _by_token,
     _kept,
@@ -26,6 +24,10 @@ from seqlong.kernels.delta_rule.triton import (
 )
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import use_allocator
+
+
+#: log2 of a decay that is zero in float32, and far below what eight tokens that are no starts may add up to.
+RESET = -256.0
 
 
 class _Prepared(NamedTuple):
@@ -43,19 +45,20 @@ class _Prepared(NamedTuple):
 
 def _prepare(q: Tensor, k: Tensor, weight: Tensor, log_decay: Tensor, normalize: bool, z: _Sizes) -> _Prepared:
     w = _by_head(weight, z)
-    gate = (log_decay.float() * LOG2E).clamp_(min=RESET).contiguous()
-    rq, rk, total = torch.empty_like(w), torch.empty_like(w), torch.empty_like(gate)
+    gate = _readable(log_decay)
+    rq, rk, total = torch.empty_like(w), torch.empty_like(w), w.new_empty(gate.shape)
     early_q, early_k, late = (q.new_empty(z.B, z.T, z.H, z.K) for _ in range(3))
     inverse, scores = (q.new_empty(z.B, z.H, z.NC, CHUNK, CHUNK) for _ in range(2))
     erase = torch.empty_like(inverse, dtype=torch.float32)  # what is inverted keeps its digits
     numbers = (z.T, z.H, z.R, z.NC, *_strides(q), *_strides(k))
     triton_channel.decays[z.chunks](
-        q, k, gate, total, rq, rk, early_q, early_k, late, *numbers, K=z.K, KB=z.KB, NORM=normalize, num_warps=8
-    )
+        q, k, gate, total, rq, rk, early_q, early_k, late, *numbers, *_strides(gate), RESET, K=z.K, KB=z.KB,
+        NORM=normalize, num_warps=8,
+    )  # fmt: skip
     triton_channel.products[(4 * z.H * z.NC * z.B,)](
         q, k, total, rq, rk, scores, erase, *numbers, K=z.K, KB=z.KB, num_warps=z.plan.products
     )
-    triton_channel.invert[z.chunks](w, erase, inverse, num_warps=1)
+    triton_inverse.invert[z.chunks](w, erase, inverse, num_warps=1)
     return _Prepared(early_q, early_k, late, w, total, rq, rk, inverse, scores, erase)
 
 
