@@ -16,6 +16,7 @@ from seqlong.kernels.delta_rule.triton import (
     _by_head,
     _by_token,
     _kept,
+    _moves,
     _readable,
     _scan,
     _Sizes,
@@ -24,7 +25,6 @@ from seqlong.kernels.delta_rule.triton import (
 )
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import use_allocator
-
 
 #: log2 of a decay that is zero in float32, and far below what eight tokens that are no starts may add up to.
 RESET = -256.0
@@ -67,22 +67,11 @@ def _numbers(ready: _Prepared, z: _Sizes) -> tuple[int, ...]:
     return (z.T, z.H, 1, z.NC, z.NS, z.CPS, *_strides(ready.early_q), *_strides(ready.early_k))
 
 
-def _walk_segments(v: Tensor, ready: _Prepared, states: Tensor | None, z: _Sizes) -> Tensor:
-    moves = ready.total.new_empty(z.B * z.H, z.NS, z.KB, z.KB)
-    tiles = (z.KB if states is None else z.KB + z.VB) // z.BV
-    triton_forward.walk[(z.H * tiles * z.NS * z.B,)](
-        *ready[:3], v, *ready[3:9], moves if states is None else states, v, v, v, moves, moves, *_numbers(ready, z),
-        *_strides(v), **z.tile, ENTRY=0, SEGMENT=2 if states is None else 1, KEEP=False, CHANNEL=True,
-        **z.plan.launch("states"),
-    )  # fmt: skip
-    return moves
-
-
 @torch.library.custom_op(
     "seqlong::delta_rule_triton_channel",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor log_decay, Tensor? initial_state, bool normalize, "
-    "bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @as_written
 def delta_rule_triton_channel(
@@ -94,24 +83,29 @@ def delta_rule_triton_channel(
     initial_state: Tensor | None,
     normalize: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output (b t h v), final state (b h k v), and for the backward pass Ṽ and the states before chunks."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output (b t h v), final state (b h k v); for the backward pass Ṽ, the states before chunks, moves of segments."""
     use_allocator()
     q, k, v = _readable(q), _readable(k), _readable(v)
     z = _sizes(q, v)
     ready = _prepare(q, k, weight, log_decay, normalize, z)
     edge = None if initial_state is None else initial_state.float().contiguous()
     output, final = v.new_empty(z.B, z.T, z.H, z.V), ready.total.new_empty(z.B, z.H, z.K, z.V)
-    fresh, kept = _kept(v, z, keep)
+    fresh, kept, moves = _kept(v, z, keep)
     entry, how = (final, 0) if edge is None else (edge, 2)
     if z.NS > 1:
         entry, how = ready.total.new_empty(z.B * z.H, z.NS, z.VB, z.KB), 1
-        _scan(entry, _walk_segments(v, ready, entry, z), edge, z, adjoint=False)
+        moves = moves if keep else _moves(v, z)
+        triton_forward.walk[(z.H * ((z.KB + z.VB) // z.BV) * z.NS * z.B,)](
+            *ready[:3], v, *ready[3:9], entry, v, v, v, moves, moves, *_numbers(ready, z), *_strides(v), **z.tile,
+            ENTRY=0, SEGMENT=True, KEEP=False, CHANNEL=True, **z.plan.launch("states"),
+        )  # fmt: skip
+        _scan(entry, moves, edge, z, adjoint=False)
     triton_forward.walk[z.walks](
         *ready[:3], v, *ready[3:9], entry, output, fresh, kept, final, final, *_numbers(ready, z), *_strides(v),
-        **z.tile, ENTRY=how, SEGMENT=0, KEEP=keep, CHANNEL=True, **z.plan.launch("forward"),
+        **z.tile, ENTRY=how, SEGMENT=False, KEEP=keep, CHANNEL=True, **z.plan.launch("forward"),
     )  # fmt: skip
-    return output, final, fresh, kept
+    return output, final, fresh, kept, moves if keep else v.new_empty(0, dtype=torch.float32)
 
 
 @delta_rule_triton_channel.register_fake
@@ -125,7 +119,7 @@ def _(q, k, v, weight, log_decay, initial_state, normalize, keep):  # type: igno
     "seqlong::delta_rule_triton_channel_backward",
     mutates_args=(),
     schema="(Tensor grad_output, Tensor? grad_final, Tensor q, Tensor k, Tensor v, Tensor weight, Tensor log_decay, "
-    "Tensor fresh, Tensor kept, bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor fresh, Tensor kept, Tensor moves, bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @as_written
 def delta_rule_triton_channel_backward(
@@ -138,6 +132,7 @@ def delta_rule_triton_channel_backward(
     log_decay: Tensor,
     fresh: Tensor,
     kept: Tensor,
+    moves: Tensor,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, weight (b t h), log_decay (b t h k) and the initial state."""
@@ -154,7 +149,6 @@ def delta_rule_triton_channel_backward(
     numbers = (*_numbers(ready, z), *_strides(go))
     if z.NS > 1:
         entry, how = total.new_empty(z.B * z.H, z.NS, z.VB, z.KB), 1
-        moves = _walk_segments(v, ready, None, z)
         triton_backward.adjoint[z.walks](
             early_q, early_k, late, go, *ready[3:9], entry, dv, dkept, dinitial, *numbers, **z.tile, ENTRY=0,
             SEGMENT=True, CHANNEL=True, **z.plan.launch("states"),
@@ -179,7 +173,7 @@ def delta_rule_triton_channel_backward(
 
 
 @delta_rule_triton_channel_backward.register_fake
-def _(grad_output, grad_final, q, k, v, weight, log_decay, fresh, kept, normalize):  # type: ignore[no-untyped-def]
+def _(grad_output, grad_final, q, k, v, weight, log_decay, fresh, kept, moves, normalize):  # type: ignore[no-untyped-def]
     (rows, length, heads, value_width), width = v.shape, q.shape[3]
     kind = {"dtype": torch.float32}
     return (

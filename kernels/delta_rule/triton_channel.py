@@ -15,15 +15,14 @@ import triton.language as tl
 from seqlong.kernels.delta_rule.triton_forward import EPS, C, rows_of, square
 from seqlong.kernels.delta_rule.triton_inverse import cell
 
-
-#: log2 of the smallest decay between neighbours of eight tokens, and what only a start, or a gate that is shut, is below.
+#: log2 of the smallest decay inside eight tokens; and what only a start is below, or a gate that is shut.
 LEAST, START = tl.constexpr(-24.0), tl.constexpr(-200.0)
 
 
 @triton.jit(do_not_specialize=["T", "H", "R", "NC"])
 def decays(q, k, gate, total, rq, rk, early_q, early_k, late, T, H, R, NC, sqb, sqt, sqh, skb, skt, skh, sgb, sgt, sgh,
            reset, K: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
-    """One chunk of one head: gate (b t h k), natural logarithms -> running sums in log2, and rows of q and k decayed."""
+    """One chunk of one head: gate (b t h k, natural) -> running sums in log2, and rows of q and k decayed."""
     pid = tl.program_id(0)
     c = pid % NC
     h = (pid // NC) % H

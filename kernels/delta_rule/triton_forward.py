@@ -122,20 +122,17 @@ def walk(q, k, late, v, weight, total, rq, rk, inverse, scores, entry, o, fresh,
          CHANNEL: tl.constexpr, ST: tl.constexpr):  # fmt: skip
     """Walk a segment: Ṽ = T β (V - γK S), O = γQ S + P Ṽ, S <- γ_C S + (D_Cj K)ᵀ Ṽ.
 
-    SEGMENT 1: from zero without output; the state at the end goes to ``entry`` (b h s v k). Programs past the value
-    tiles, which are all in SEGMENT 2, walk columns of the identity without values: what the segment does to a state
-    goes to ``moves`` (b h s j k), transposed.
+    SEGMENT: from zero without output; the state at the end goes to ``entry`` (b h s v k). Programs past the value tiles
+    walk columns of the identity without values: what the segment does to a state goes to ``moves`` (b h s j k).
     KEEP: Ṽ and the state before each chunk go to ``fresh`` (b t h v) and ``kept`` (b n h v k).
     CHANNEL: q and k are decayed from the chunk's entry, ``late`` is k decayed to its end (else it is not read).
     """
     VT: tl.constexpr = VB // BV
-    TILES: tl.constexpr = VT if SEGMENT == 0 else (VT + KB // BV if SEGMENT == 1 else KB // BV)
+    TILES: tl.constexpr = VT + KB // BV if SEGMENT else VT
     pid = tl.program_id(0)
     h = pid % H
     r = pid // H
     iv = r % TILES
-    if SEGMENT == 2:
-        iv += VT
     r = r // TILES
     s = r % NS
     row = (r // NS).to(tl.int64)
@@ -150,7 +147,7 @@ def walk(q, k, late, v, weight, total, rq, rk, inverse, scores, entry, o, fresh,
     column = iv * BV + tl.arange(0, BV)
     real = iv < VT  # else a column of the identity
     S = tl.zeros((BV, KB), dtype=tl.float32)
-    if SEGMENT > 0:
+    if SEGMENT:
         S += tl.where((iv - VT) * BV + tl.arange(0, BV)[:, None] == tl.arange(0, KB)[None, :], 1.0, 0.0)
     else:
         S = entering(entry, index, s, NS, iv, K, V, KB, VB, BV, ENTRY)
@@ -172,7 +169,7 @@ def walk(q, k, late, v, weight, total, rq, rk, inverse, scores, entry, o, fresh,
         N = tl.dot(Sb, tl.trans(Kt), input_precision="ieee") * (-enter_k)[None, :]
         N = (N + tl.trans(X).to(tl.float32)) * w[None, :]
         N = tl.dot(N.to(k.dtype.element_ty), tl.trans(Tm), input_precision="ieee")
-        if SEGMENT == 0:
+        if not SEGMENT:
             Q = rows_of(q, t, T, sqt, K, KB)
             P = tl.load(square(scores, (index * NC + c) * (C * C)))
             Nb = N.to(k.dtype.element_ty)
@@ -185,7 +182,7 @@ def walk(q, k, late, v, weight, total, rq, rk, inverse, scores, entry, o, fresh,
         if CHANNEL:
             Kt = rows_of(late, t, T, skt, K, KB)
         S = tl.dot(N.to(k.dtype.element_ty), Kt, S * carry[None, :], input_precision="ieee")
-    if SEGMENT > 0:
+    if SEGMENT:
         d = tl.arange(0, KB)[None, :]
         if real:
             tl.store(entry + (index * NS + s) * (VB * KB) + column[:, None] * KB + d, S)
