@@ -137,7 +137,7 @@ def source(device: torch.device, seed: int) -> torch.Generator:
 class Model:
     """One model at one learning rate: ``step`` on a batch, ``accuracy`` on rows.
 
-    On CUDA a whole step is recorded as a CUDA graph when ``graph`` says so: steps this small cost more to launch than to
+    On CUDA a whole step is recorded as a CUDA graph if ``graph`` says so: steps this small cost more to launch than to
     compute.
     """
 
@@ -233,13 +233,13 @@ def train(
     )
     begin, number, every = time.monotonic(), 0, max(1, setting.steps // 20)
     while number < setting.steps and not all(model.done for model in together):
-        late = (time.monotonic() - begin) / seconds
-        if late >= 1:
+        clock = (time.monotonic() - begin) / seconds
+        if clock >= 1:
             break
         given = batch(setting, random)
         for model in together:
             if not model.done:
-                model.step(given, max(late, number / setting.steps))
+                model.step(given, max(clock, number / setting.steps))
         number += 1
         if number % every == 0:
             for model in together:
@@ -251,7 +251,8 @@ def train(
     for model in together:
         right = model.accuracy(validation) if model.finite() else [setting.chance] * len(setting.pairs)
         tested = model.accuracy(test) if model.finite() else [setting.chance] * len(setting.pairs)
-        yield {"model": name, "lr": model.lr, "steps": model.steps, "late": not model.done and model.steps < setting.steps,
+        late = not model.done and model.steps < setting.steps  # time ran out
+        yield {"model": name, "lr": model.lr, "steps": model.steps, "late": late,
                "validation": sum(right) / len(right), "test": tested, "curve": model.curve,
                "seconds": time.monotonic() - begin, "state_bytes": state_bytes(model.task.backbone, setting.length),
                "parameters": sum(p.numel() for p in model.task.parameters())}  # fmt: skip

@@ -1,12 +1,12 @@
 """Associative recall: accuracy of every mixer and of hybrids, against attention alone, over learning rates and pairs.
 
-Models of width 64 without feed-forward, two blocks (hybrids 3:1 and 7:1 have four and eight, and stand beside the linear
-mixer alone at four), read rows of 256 tokens that begin with 4, 16 or 64 pairs of a key and a value and ask for each key
-once more (multi-query associative recall, arXiv 2312.04927). One model a mixer and learning rate, as recurrent models
-learn in a narrow window of rates (arXiv 2508.19029), trained side by side on the same rows. The rate is chosen on
-validation rows; accuracies are of test rows.
+Multi-query associative recall (arXiv 2312.04927): rows of 256 tokens begin with 4, 16 or 64 pairs of a key and a value,
+and ask for each key once more. Models have width 64, no feed-forward and two blocks; hybrids 3:1 and 7:1 have four and
+eight, and stand beside the linear mixer alone at four. One model a mixer and learning rate, since recurrent models learn
+in a narrow window of rates (arXiv 2508.19029), trained side by side on the same rows. The rate is chosen on validation
+rows; accuracies are of test rows.
 
-    seqlong bench mqar                               everything, one process a mixer, as many at once as there are cores
+    seqlong bench mqar                               everything, a process a mixer, many at once
     seqlong bench mqar --minutes 6 --log FILE        what does not get all its steps is said so by name
     seqlong bench mqar --only "Mamba2;KDA" --rates 1e-3,1e-2
 """
@@ -44,7 +44,7 @@ PEER = "Attention"
 Found = dict[str, list[dict[str, Any]]]  # model -> one result a learning rate
 
 
-# --- many jobs at once -------------------------------------------------------------------------------------------------
+# --- many jobs at once ------------------------------------------------------------------------------------------------
 
 
 def _child(job: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ def gather(
     return {name: found[name] for name in names if name in found}
 
 
-# --- what is reported --------------------------------------------------------------------------------------------------
+# --- what is reported -------------------------------------------------------------------------------------------------
 
 
 def best(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -214,8 +214,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", type=lambda text: [part.strip() for part in text.split(";")],
                         help="models, separated by ;")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=30, help="for all models together")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--jobs", type=int, default=cores, help=f"processes at once ({cores})")
+    # A recorded step needs little of a core, but all of the GPU's attention: more processes than cores are welcome.
+    at_once = len(os.sched_getaffinity(0)) * (2 if torch.cuda.is_available() else 1)
+    parser.add_argument("--jobs", type=int, default=at_once, help=f"processes at once ({at_once})")
     parser.add_argument("--rates", default="1e-3,3e-3,1e-2", help="learning rates")
     parser.add_argument("--pairs", default="4,16,64", help="of key and value in a row")
     for name in ("length", "vocab_size", "width", "batch_size", "steps", "eval_rows"):
