@@ -2,9 +2,9 @@
 
 Multi-query associative recall (arXiv 2312.04927): rows of 256 tokens begin with 4, 16 or 64 pairs of a key and a value,
 and ask for each key once more. Models have width 64, no feed-forward and two blocks; hybrids 3:1 and 7:1 have four and
-eight, and stand beside the linear mixer alone at four. One model a mixer and learning rate, since recurrent models learn
-in a narrow window of rates (arXiv 2508.19029), trained side by side on the same rows. The rate is chosen on validation
-rows; accuracies are of test rows.
+eight, and stand beside the linear mixer alone at four. One model a mixer and learning rate, since recurrent models
+learn in a narrow window of rates (arXiv 2508.19029), trained side by side on the same rows. The rate is chosen on
+validation rows; accuracies are of test rows.
 
     seqlong bench mqar                               everything, a process a mixer, many at once
     seqlong bench mqar --minutes 6 --log FILE        what does not get all its steps is said so by name
