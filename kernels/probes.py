@@ -221,6 +221,22 @@ def _attention(draw: Draw) -> Inputs:
     return Inputs(learned, fixed)
 
 
+def _block_attention(draw: Draw) -> Inputs:
+    (b, t), (g, h, k) = (draw.rows, draw.length), (draw.sizes[name] for name in ("g", "h", "k"))
+    learned = {"q": draw.normal(b, t, h, k), "k": draw.normal(b, t, g, k), "v": draw.normal(b, t, g, k)}
+    own = torch.arange(t, device=draw.device)[:, None, None] // 16
+    chosen = draw.integers(0, 1 << 30, b, t, h, 2) % own.clamp(min=1)
+    chosen[..., 1] = torch.where(chosen[..., 1] == chosen[..., 0], -1, chosen[..., 1])
+    return Inputs(learned, {"chosen": chosen.where(own > 0, -1), "block": 16})
+
+
+def _summary_attention(draw: Draw) -> Inputs:
+    (b, t), (g, h, k) = (draw.rows, draw.length), (draw.sizes[name] for name in ("g", "h", "k"))
+    learned = {"q": draw.normal(b, t, h, k), "k": draw.normal(b, t // 8, g, k), "v": draw.normal(b, t // 8, g, k),
+               "own_k": draw.normal(b, t, g, k), "own_v": draw.normal(b, t, g, k)}  # fmt: skip
+    return Inputs(learned, {"every": 8})
+
+
 @dataclass(frozen=True)
 class Probe:
     """An op seen from outside.
@@ -284,6 +300,10 @@ PROBES = {
               {"d": 64, "y": 500}, {"d": 1024, "y": 32000}, ("plain", "z_loss")),
         Probe("attention", "seqlong.kernels.attention", _attention, ("o",), {"g": 1, "h": 2, "k": 64},
               {"g": 2, "h": 8, "k": 64}, ("plain", "window", "packed"), yardstick="blocks"),
+        Probe("block_attention", "seqlong.kernels.block_attention", _block_attention, ("o",),
+              {"g": 1, "h": 2, "k": 32}, {"g": 2, "h": 8, "k": 64}, yardstick="gathered"),
+        Probe("summary_attention", "seqlong.kernels.attention", _summary_attention, ("o",), {"g": 1, "h": 2, "k": 32},
+              {"g": 2, "h": 8, "k": 64}, yardstick="blocks"),
     )
 }  # fmt: skip
 

@@ -181,24 +181,32 @@ def _attention(mixer: Attention, length: int, dtype: torch.dtype) -> Cost:
 
 
 def cached(
-    mixer: Mixer, flops: float, formula: str, each: int, length: int, window: int | None = None, every: int = 1
+    mixer: Mixer,
+    flops: float,
+    formula: str,
+    each: int,
+    length: int,
+    window: int | None = None,
+    grows: bool | None = None,
+    others: tuple[Term, ...] = (),
 ) -> Cost:
-    """The cost of a mixer with a cache that grows.
+    """The cost of a mixer with a cache of keys and values.
 
     Args:
         mixer: the linear layers of which are counted too.
         flops: of a token, in its attention.
         formula: how they were counted.
-        each: bytes of an entry of the cache.
+        each: bytes of a token in the cache.
         length: tokens of the row.
-        window: the cache keeps the entries of one token less than this; of all if not given.
-        every: tokens an entry.
+        window: the cache keeps one token less than this; all if not given.
+        grows: whether a longer row takes more FLOPs; as with a full or sliding window if not given.
+        others: further terms.
     """
-    term = Term("attention", flops, formula, grows=window is None or length < window)
-    kept = (length if window is None else min(length, window - 1)) // every
-    tokens = "a token" if every == 1 else f"{every} tokens"
-    growth = f"{each:,} B {tokens}" + ("" if window is None else f", to {window - 1:,}")
-    return Cost((*products(mixer), term), each * kept, growth)
+    if grows is None:
+        grows = window is None or length < window
+    kept = length if window is None else min(length, window - 1)
+    growth = f"{each:,} B a token" + ("" if window is None else f", to {window - 1:,}")
+    return Cost((*products(mixer), Term("attention", flops, formula, grows), *others), each * kept, growth)
 
 
 def buckets_in_use(length: int, buckets: int) -> float:

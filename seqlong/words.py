@@ -75,7 +75,9 @@ PEERS: dict[str, dict[str, Peers]] = {
         "LogLinearMamba2": Peers("LogLinearMamba2", also="log-linear attention, Fenwick tree"),
         "Mamba2": Peers("Mamba2", "Mamba2", "Mamba2Mixer, BambaMixer", "MambaMixer", "SSD, SSM, state space duality"),
         "MLSTM": Peers(also="xLSTM, matrix LSTM, TFLA"),
+        "MoBA": Peers("", also="mixture of block attention, Kimi, block selection"),
         "MoM": Peers("MomAttention", "", "", "mom_linear_attention (Linear-MoE)", "mixture of memories"),
+        "NativeSparseAttention": Peers("NativeSparseAttention", also="NSA, DeepSeek, block selection"),
         "RGLRU": Peers("", "", "RecurrentGemmaRglru", "", "Griffin, RG-LRU, Hawk"),
         "RWKV6": Peers("RWKV6Attention", "", "", "rwkv6 (Linear-MoE)", "Finch"),
         "RWKV7": Peers("RWKV7Attention", "", "", "rwkv7 (Linear-MoE)", "Goose"),
@@ -94,6 +96,8 @@ PEERS: dict[str, dict[str, Peers]] = {
             "flash attention",
             what="Softmax attention over segments, windows and a cache.",
         ),
+        "block_attention": Peers("parallel_nsa", also="block-sparse attention, selected attention",
+            what="Softmax attention of a query over its own block and a few that it chose."),
         "bidirectional_decay": Peers(what="scalar_decay from both ends at once.", also="LION"),
         "delta_rule": Peers(
             "chunk_delta_rule, chunk_gated_delta_rule, chunk_kda", "", "torch_chunk_gated_delta_rule", "",
@@ -130,6 +134,8 @@ PEERS: dict[str, dict[str, Peers]] = {
         ),
         "ssd": Peers("", "mamba_chunk_scan_combined", "torch_forward", "mamba_chunk_scan_combined",
                      "state space duality", "The state space of Mamba2: scalar_decay with steps dt and a skip D."),
+        "summary_attention": Peers("parallel_nsa_compression", also="compressed attention, checkpoints",
+            what="Softmax attention over one key a stretch of tokens, and the query's own."),
         "vector_decay": Peers(
             "chunk_gla, chunk_rwkv6", also="diagonal decay", what="A state that fades by a number a channel of the key."
         ),

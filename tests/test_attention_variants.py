@@ -9,13 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from peak_memory import grown
 from torch import Tensor, nn
 
 from seqlong.kernels import runtime
-from seqlong.kernels.attention import attention
+from seqlong.kernels.attention import attention, summary_attention
 from seqlong.kernels.attention import op as attention_op
+from seqlong.kernels.block_attention import block_attention, choose_blocks, gathered
 from seqlong.layout import SequenceLayout
-from seqlong.mixers import Attention, Bidirectional, CosFormer2, DifferentialAttention, Mixer
+from seqlong.mixers import (
+    Attention,
+    Bidirectional,
+    CosFormer2,
+    DifferentialAttention,
+    Mixer,
+    MoBA,
+    NativeSparseAttention,
+)
 from seqlong.positions import lrpe, rotary, rotary_axes
 
 WIDTH = 16
@@ -294,3 +304,122 @@ def test_differential_attention_by_hand(layer: int, window: int | None) -> None:
         mixed = mixed / (mixed.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm.weight
         heads.append((1 - start) * mixed)
     close(mixer(hidden, SequenceLayout.build(2, 17))[0], mixer.out_proj(torch.cat(heads, dim=-1)))
+
+
+def queries_keys_values(mixer: MoBA | NativeSparseAttention, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one segment, rotated."""
+    heads, shared, width = mixer.heads, mixer.kv_heads, mixer.head_dim
+    q, k, v = mixer.qkv_proj(hidden).unflatten(2, (-1, width)).split([heads, shared, shared], dim=2)
+    angles = torch.arange(hidden.shape[1]).double()[None, :, None] * frequencies(width)
+    return turned(q, angles.expand(len(q), -1, -1)), turned(k, angles.expand(len(q), -1, -1)), v
+
+
+def best(scores: list[float], count: int) -> list[int]:
+    """Places of the largest scores, the earlier of equal ones."""
+    return sorted(range(len(scores)), key=lambda place: (-scores[place], place))[:count]
+
+
+@pytest.mark.parametrize(("block", "chosen"), [(4, 3), (5, 1), (3, 99)])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_moba_is_a_mask_made_by_a_loop(block: int, chosen: int, kv_heads: int) -> None:
+    mixer = shaken(MoBA(WIDTH, heads=4, kv_heads=kv_heads, block=block, chosen=chosen))
+    hidden = torch.randn(1, 27, WIDTH, dtype=torch.float64)
+    assert isinstance(mixer, MoBA)
+    q, k, v = queries_keys_values(mixer, hidden)
+    seen = torch.zeros(1, 4, 27, 27, dtype=torch.bool)
+    for head, i in itertools.product(range(4), range(27)):
+        own = i // block
+        keys = k[0, :, head // (4 // kv_heads)]
+        scores = [(q[0, i, head] @ keys[m * block : (m + 1) * block].mean(0)).item() for m in range(own)]
+        for m in [*best(scores, chosen - 1), own]:
+            seen[0, head, i, m * block : min((m + 1) * block, i + 1)] = True
+    close(mixer(hidden, SequenceLayout.build(1, 27))[0], mixer.out_proj(softmax_over(q, k, v, seen).flatten(2)))
+
+
+def test_native_sparse_attention_is_three_masks_made_by_loops() -> None:
+    block, chosen, window, length = 4, 3, 6, 31
+    mixer = shaken(
+        NativeSparseAttention(WIDTH, heads=4, kv_heads=2, block=block, chosen=chosen, window=window)
+    )  # fmt: skip
+    hidden = torch.randn(1, length, WIDTH, dtype=torch.float64)
+    assert isinstance(mixer, NativeSparseAttention)
+    q, k, v = queries_keys_values(mixer, hidden)
+    means = [torch.stack([x[:, m : m + block].mean(1) for m in range(0, length - block + 1, block)], 1) for x in (k, v)]
+    ended = torch.zeros(length, length // block, dtype=torch.bool)
+    selected, local = torch.zeros(1, 4, length, length, dtype=torch.bool), torch.zeros(length, length, dtype=torch.bool)
+    for i in range(length):
+        ended[i, : (i + 1) // block] = True
+        local[i, max(0, i - window + 1) : i + 1] = True
+        for group in range(2):
+            importance = torch.zeros(length // block, dtype=torch.float64)
+            for head in (2 * group, 2 * group + 1):
+                scores = means[0][0, : (i + 1) // block, group] @ q[0, i, head] / 2
+                importance[: (i + 1) // block] += scores.softmax(0)
+            own = i // block
+            for m in [*best(importance[:own].tolist(), chosen - 1), own]:
+                selected[0, 2 * group : 2 * group + 2, i, m * block : min((m + 1) * block, i + 1)] = True
+    gates = torch.sigmoid(mixer.gate_proj(hidden)).unflatten(2, (4, 3))
+    branches = (
+        softmax_over(q, *means, ended[None, None]),
+        softmax_over(q, k, v, selected),
+        softmax_over(q, k, v, local[None, None]),
+    )
+    mixed = sum(gates[..., [c]] * branch for c, branch in enumerate(branches))
+    assert isinstance(mixed, Tensor)
+    close(mixer(hidden, SequenceLayout.build(1, length))[0], mixer.out_proj(mixed.flatten(2)))
+
+
+def test_the_earlier_of_equal_blocks_is_chosen() -> None:
+    scores = torch.tensor([[1.0, 3.0, 1.0, 3.0, 3.0, -torch.inf], [-torch.inf] * 6, [0.0] * 6])
+    assert choose_blocks(scores, 3).tolist() == [[1, 3, 4], [-1, -1, -1], [0, 1, 2]]
+    assert choose_blocks(scores, 4)[0].tolist() == [1, 3, 4, 0] and choose_blocks(scores, 6)[0, 5] == -1
+    mixer = MoBA(WIDTH, heads=2, block=2, chosen=3)
+    chosen = mixer.choose(torch.randn(1, 9, 2, 8), torch.zeros(1, 4, 2, 8), 0, together=False)
+    assert chosen[0, :, 0].tolist() == [[-1, -1]] * 2 + [[0, -1]] * 2 + [[0, 1]] * 5
+
+
+@pytest.mark.parametrize("budget", [1 << 22, 60])
+@pytest.mark.parametrize(
+    ("length", "keys", "groups", "shared", "count"),
+    [(13, 13, 2, 2, 2), (5, 19, 4, 1, 3), (1, 9, 2, 1, 1), (20, 20, 1, 1, 0)],
+)
+def test_gathered_blocks_are_the_reference(
+    length: int, keys: int, groups: int, shared: int, count: int, budget: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(gathered, "BUDGET", budget)
+    own = (torch.arange(length) + keys - length) // 4
+    scores = torch.randn(2, length, groups, 5).masked_fill(torch.arange(5) >= own[:, None, None], -torch.inf)
+    shapes = ((2, length, 4, 3), (2, keys, shared, 3), (2, keys, shared, 5))
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    target, results = torch.randn(2, length, 4, 5, dtype=torch.float64), []
+    for implementation in ("gathered", "reference"):
+        out = block_attention(*leaves, choose_blocks(scores, count), 4, implementation=implementation)
+        results.append([out, *torch.autograd.grad((out * target).sum(), leaves)])
+    for mine, theirs in zip(*results, strict=True):
+        close(mine, theirs)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(("length", "offset", "every"), [(17, 0, 4), (17, 6, 5), (1, 8, 4), (3, 0, 9), (1030, 1, 300)])
+def test_summaries_are_the_reference(length: int, offset: int, every: int, alone: bool) -> None:
+    number = (length + offset) // every
+    leaves = [torch.randn(2, n, g, 4, dtype=torch.float64, requires_grad=True)
+              for n, g in ((length, 4), (number, 2), (number, 2), (length, 2), (length, 2))]  # fmt: skip
+    used, results = leaves[:3] if alone else leaves, []
+    target = torch.randn(2, length, 4, 4, dtype=torch.float64)
+    for implementation in ("blocks", "reference"):
+        out = summary_attention(*used[:3], every, offset, *used[3:], implementation=implementation)
+        results.append([out, *torch.autograd.grad((out * target).sum(), used, materialize_grads=True)])
+    for mine, theirs in zip(*results, strict=True):
+        close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "build", [partial(MoBA, heads=1, block=256), partial(NativeSparseAttention, heads=2, block=64)]
+)
+def test_choosing_takes_memory_linear_in_the_row(build: Any) -> None:
+    """Forward and backward over 16,384 tokens; which of them see which would be 256 MiB in bool alone."""
+    mixer, hidden = build(4, head_dim=2), torch.randn(1, 16384, 4, requires_grad=True)
+    layout = SequenceLayout.build(1, 16384)
+    mixer(hidden[:, :600], layout.slice(0, 600))[0].sum().backward()  # what torch keeps for itself
+    assert grown(lambda: mixer(hidden, layout)[0].sum().backward()) < 160 << 20

@@ -15,6 +15,7 @@ from seqlong.mixers.mlstm import MLSTM
 from seqlong.mixers.rglru import RGLRU
 from seqlong.mixers.rwkv6 import RWKV6
 from seqlong.mixers.rwkv7 import RWKV7
+from seqlong.mixers.sparse_attention import MoBA, NativeSparseAttention
 
 __all__ = [
     "GLA",
@@ -40,6 +41,8 @@ __all__ = [
     "Mixer",
     "MixerFactory",
     "MixerState",
+    "MoBA",
+    "NativeSparseAttention",
     "RetNet",
     "SimpleGLA",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -97,22 +98,79 @@ def carry(seen: Seen, layout: SequenceLayout, window: int | None = None) -> Atte
     return AttentionState(_pick(k, index), _pick(v, index), valid)
 
 
+def places(count: Int[Tensor, "b"], layout: SequenceLayout) -> Int[Tensor, "b t"]:
+    """Each token's place in its segment, where ``count`` tokens of the first one passed before this window."""
+    steps = torch.arange(layout.shape[1], device=count.device)
+    if layout.starts is None:
+        return count[:, None] + steps
+    begun = torch.where(layout.starts, steps, -1).cummax(dim=1).values
+    return torch.where(begun >= 0, steps - begun, count[:, None] + steps)
+
+
+def each_segment(
+    run: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q: Float[Tensor, "b t h k"],
+    k: Float[Tensor, "b t g k"],
+    v: Float[Tensor, "b t g v"],
+    width: int,
+    layout: SequenceLayout,
+    state: AttentionState | None,
+) -> tuple[Float[Tensor, "b t h w"], AttentionState | None]:
+    """``run(q, k, v)`` over every segment by itself, the cache's keys before its own; and the cache after.
+
+    Rows of one segment run together. Others are cut at their boundaries, which the host has to know (one
+    synchronisation a batch, one more with a cache).
+
+    Args:
+        run: mixes queries, the last of as many or more keys, to the ``width`` of w.
+    """
+    seen = None if state is None else join(k, v, layout, state)
+    after = None if seen is None else carry(seen, layout)
+    if not layout.shape[1]:
+        return q.new_zeros(*q.shape[:3], width), after
+    if layout.segment_ids is None and (state is None or state.valid is None):
+        return run(q, *((k, v) if seen is None else (seen.keys, seen.values))), after
+    outputs, past = [], [0] * layout.shape[0]
+    if state is not None:
+        count = q.new_full((q.shape[0],), state.keys.shape[1]) if state.valid is None else state.valid.sum(dim=1)
+        past = (count if layout.starts is None else count * ~layout.starts[:, 0]).int().tolist()
+    for row, parts in enumerate(cut((q, k, v), layout)):
+        pieces = []
+        for number, (qs, ks, vs) in enumerate(parts[:-1]):
+            if number == 0 and state is not None and past[row]:
+                ks, vs = (
+                    torch.cat([kept[row : row + 1, kept.shape[1] - past[row] :].to(new.dtype), new], dim=1)
+                    for kept, new in ((state.keys, ks), (state.values, vs))
+                )
+            pieces.append(run(qs, ks, vs))
+        pieces.append(q.new_zeros(1, parts[-1][0].shape[1], q.shape[2], width))  # padding
+        outputs.append(torch.cat(pieces, dim=1))
+    return torch.cat(outputs), after
+
+
+def cut(tensors: tuple[Tensor, ...], layout: SequenceLayout) -> list[list[tuple[Tensor, ...]]]:
+    """For each row, its segments of every tensor, and its padding last. By split, whose backward joins the gradients
+    once; that of a slice is as long as the whole row, each time."""
+    rows = []
+    for row, segments in enumerate(layout.boundaries):
+        sizes = [z - a for a, z in segments]
+        sizes.append(layout.shape[1] - sum(sizes))
+        rows.append(list(zip(*(x[row : row + 1].split(sizes, dim=1) for x in tensors), strict=True)))
+    return rows
+
+
 def join_sinks(k: Tensor, v: Tensor, layout: SequenceLayout, state: SinkState) -> tuple[Seen, Tensor]:
     """The sinks, the window's cache, then this window; and ``(b t)`` each token's place in its segment.
 
     A sink has one column: its own, or that in this window; in the window's cache it does not count.
     """
-    rows, length = layout.shape
     sinks, cache = state.sink_keys.shape[1], state.keys.shape[1]
-    steps = torch.arange(length, device=k.device).expand(rows, length)
-    ids, place = layout.segment_ids, state.count[:, None] + steps
-    if ids is None or layout.starts is None:
-        ids = torch.ones(rows, length, dtype=torch.int32, device=k.device)
-        first = ids.new_ones(rows)
+    ids, place = layout.segment_ids, places(state.count, layout)
+    if ids is None:
+        ids = torch.ones(layout.shape, dtype=torch.int32, device=k.device)
+        first = ids.new_ones(layout.shape[0])
     else:
         first, _ = _ends(layout)
-        begun = torch.where(layout.starts, steps, -1).cummax(dim=1).values
-        place = torch.where(begun >= 0, steps - begun, place)
     number = torch.arange(sinks, device=k.device)
     there = number < state.count[:, None]
     number = torch.arange(-cache, 0, device=k.device)
