@@ -47,7 +47,7 @@ def default(dtype: torch.dtype, k: int, v: int) -> Plan:
     return Plan(
         chunk=32,  # Triton 3.6 makes wrong code of 64 rows by 32 channels on Hopper
         value_tile=min(v, 64),
-        key_slice=min(k, 32),
+        key_slice=min(k, 64),
         states=one,
         forward=one,
         values=one,
@@ -98,7 +98,8 @@ def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
             replace(first, forward=82, values=82, keys=82),
             replace(first, programs_per_sm=8),
             replace(first, programs_per_sm=2),
-            replace(first, chunk=32),
+            replace(first, key_slice=32),
+            replace(first, chunk=64),
             replace(first, run=128),
             replace(first, run=4),
         ]
