@@ -25,6 +25,8 @@ from seqlong.mixers import (
     Mixer,
     MoBA,
     NativeSparseAttention,
+    Rat,
+    Scout,
 )
 from seqlong.positions import lrpe, rotary, rotary_axes
 
@@ -414,12 +416,76 @@ def test_summaries_are_the_reference(length: int, offset: int, every: int, alone
         close(mine, theirs)
 
 
+@pytest.mark.parametrize(("chunk", "length"), [(4, 27), (1, 9), (5, 5), (40, 27)])
+def test_rat_is_a_recurrence_and_a_mask_made_by_a_loop(chunk: int, length: int) -> None:
+    mixer = shaken(Rat(WIDTH, heads=2, chunk=chunk))
+    hidden = torch.randn(2, length, WIDTH, dtype=torch.float64)
+    assert isinstance(mixer, Rat)
+    q, k, v = mixer.qkv_proj(hidden).chunk(3, dim=-1)
+    forget = torch.sigmoid(mixer.forget_proj(hidden) + mixer.forget_bias)
+    steps: list[list[Tensor]] = [[], []]
+    for past, x in zip(steps, (k, v), strict=True):
+        for t in range(length):
+            before = torch.zeros(2, WIDTH, dtype=torch.float64) if t % chunk == 0 else past[-1]
+            past.append(forget[:, t] * before + (1 - forget[:, t]) * x[:, t])
+    seen = torch.zeros(length, length, dtype=torch.bool)
+    for i in range(length):
+        seen[i, i] = True
+        for last in range(chunk - 1, i // chunk * chunk, chunk):
+            seen[i, last] = True
+    q, k, v = (x.unflatten(2, (2, 8)) for x in (q, *(torch.stack(past, dim=1) for past in steps)))
+    angles = (torch.arange(length) // chunk).double()[None, :, None] * frequencies(8)
+    q, k = (turned(x, angles.expand(2, -1, -1)) for x in (q, k))
+    mixed = softmax_over(q, k, v, seen[None, None]).flatten(2) * torch.sigmoid(mixer.gate_proj(hidden))
+    close(mixer(hidden, SequenceLayout.build(2, length))[0], mixer.out_proj(mixed))
+
+
+def test_rat_starts_with_means_over_up_to_a_chunk() -> None:
+    forget = torch.sigmoid(Rat(256, chunk=16).forget_bias)
+    assert 0.5 <= forget.min() < 0.6 and 0.93 < forget.max() < 15 / 16
+    assert torch.equal(torch.sigmoid(Rat(16, chunk=1).forget_bias), torch.full((16,), 0.5))
+
+
+def test_scout_is_a_mixer_and_a_mask_made_by_a_loop() -> None:
+    mixer = shaken(Scout(WIDTH, mixer=partial(Attention, heads=2, window=3), heads=4, kv_heads=2, every=4))
+    hidden = torch.randn(2, 27, WIDTH, dtype=torch.float64)
+    assert isinstance(mixer, Scout)
+    layout = SequenceLayout.build(2, 27)
+    near = mixer.mixer(hidden, layout)[0]
+    x = hidden + near
+    x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm.weight
+    q, k, v = mixer.qkv_proj(x).unflatten(2, (-1, 4)).split([4, 2, 2], dim=2)
+    angles = (torch.arange(27).double()[None, :, None] * frequencies(4)).expand(2, -1, -1)
+    seen = torch.eye(27, dtype=torch.bool)
+    for i in range(27):
+        seen[i, 3:i:4] = True
+    far = softmax_over(turned(q, angles), turned(k, angles), v, seen[None, None])
+    close(mixer(hidden, layout)[0], near + mixer.out_proj(far.flatten(2)))
+    _, state = mixer(hidden, layout, mixer.initial_state(2, "cpu", torch.float64))
+    assert state.checkpoints.keys.shape[1] == 6 and state.local.keys.shape[1] == 2
+
+
+def test_wrapped_mixers_are_told_their_place() -> None:
+    mixer = Scout(WIDTH, mixer=partial(DifferentialAttention, heads=2), heads=2)
+    mixer.place(3, 4)
+    assert isinstance(mixer.mixer, DifferentialAttention)
+    assert mixer.mixer.lambda_start == pytest.approx(0.8 - 0.6 * math.exp(-0.9))
+    with pytest.raises(ValueError, match="sees both sides"):
+        Scout(WIDTH, mixer=partial(Attention, heads=2, causal=False), heads=2)
+
+
 @pytest.mark.parametrize(
-    "build", [partial(MoBA, heads=1, block=256), partial(NativeSparseAttention, heads=2, block=64)]
+    "build",
+    [
+        partial(MoBA, heads=1, head_dim=2, block=256),
+        partial(NativeSparseAttention, heads=2, head_dim=2, block=64),
+        partial(Rat, heads=1),
+        partial(Scout, mixer=partial(Attention, heads=1, window=8), heads=1),
+    ],
 )
 def test_choosing_takes_memory_linear_in_the_row(build: Any) -> None:
     """Forward and backward over 16,384 tokens; which of them see which would be 256 MiB in bool alone."""
-    mixer, hidden = build(4, head_dim=2), torch.randn(1, 16384, 4, requires_grad=True)
+    mixer, hidden = build(4), torch.randn(1, 16384, 4, requires_grad=True)
     layout = SequenceLayout.build(1, 16384)
     mixer(hidden[:, :600], layout.slice(0, 600))[0].sum().backward()  # what torch keeps for itself
     assert grown(lambda: mixer(hidden, layout)[0].sum().backward()) < 160 << 20

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from seqlong.block import Block, run_block
+from seqlong.cost import _tensors
 from seqlong.ffn import SwiGLU
 from seqlong.layout import SequenceLayout
 from seqlong.mixers import (
@@ -28,6 +29,7 @@ from seqlong.mixers import (
     RGLRU,
     RWKV6,
     RWKV7,
+    S4D,
     Attention,
     Based,
     Bidirectional,
@@ -40,11 +42,14 @@ from seqlong.mixers import (
     LinearAttention,
     LogLinearGatedDeltaNet,
     LogLinearMamba2,
+    Mamba1,
     Mamba2,
     Mixer,
     MoBA,
     NativeSparseAttention,
+    Rat,
     RetNet,
+    Scout,
     SimpleGLA,
 )
 from seqlong.norms import RMSNorm
@@ -69,6 +74,10 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "differential_window": partial(DifferentialAttention, heads=2, head_dim=3, window=5, positions="none"),
     "moba": partial(MoBA, heads=4, kv_heads=2, block=4, chosen=3),
     "native_sparse": partial(NativeSparseAttention, heads=4, kv_heads=2, block=4, chosen=2, window=3),
+    "rat": partial(Rat, heads=2, chunk=4),
+    "rat_one": partial(Rat, heads=4, chunk=1, positions="none"),
+    "scout": partial(Scout, mixer=partial(Mamba2, d_state=6, head_dim=8), heads=4, kv_heads=2, every=4),
+    "scout_window": partial(Scout, mixer=partial(Attention, heads=2, window=3), heads=2, every=3, positions="none"),
     "gla": partial(GLA, heads=2),
     "gla_conv": partial(GLA, heads=2, expand_k=1.0, conv_width=3, gate="none"),
     "hgrn2": partial(HGRN2, heads=2, expand_k=0.5),
@@ -95,6 +104,9 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "mlstm": partial(MLSTM, heads=2, input_bias=0.0),
     "mlstm_sigmoid": partial(MLSTM, heads=2, expand_k=1.0, input_gate="sigmoid"),
     "rglru": partial(RGLRU, width=12, heads=2),
+    "mamba1": partial(Mamba1, d_state=4, dt_rank=3),
+    "mamba1_norms": partial(Mamba1, d_state=3, expand=1, conv_width=3, conv_bias=False, inner_norm=True),
+    "s4d": partial(S4D, d_state=6),
     "mamba2_both_sides": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8)),
     "mamba2_both_sides_tied": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8), tied=True),
 }
@@ -323,9 +335,8 @@ def test_no_state_in_none_out_and_zero_length_windows(name: str) -> None:
     _, state = mixer(rows(5), plain(5), state)
     output, after = mixer(rows(5)[:, :0], plain(5).slice(5, 5), state)
     assert output.shape == (2, 0, WIDTH)
-    for name_, value in vars(state).items():
-        if value is not None:
-            close(getattr(after, name_).double(), value.double())
+    for mine, before in zip(_tensors(after), _tensors(state), strict=True):
+        close(mine.double(), before.double())
 
 
 @pytest.mark.parametrize("name", MIXERS)
