@@ -170,6 +170,18 @@ def _grouped_matmul(draw: Draw) -> Inputs:
     return Inputs({"x": draw.normal(rows, d), "weight": draw.normal(e, d, y, scale=d**-0.5)}, {"ends": cuts.int()})
 
 
+def _selective_scan(draw: Draw) -> Inputs:
+    (b, t), (n, d) = (draw.rows, draw.length), (draw.sizes[name] for name in ("n", "d"))
+    learned = {
+        "x": draw.normal(b, t, d),
+        "dt": torch.nn.functional.softplus(draw.normal(b, t, d, shift=-3.0, dtype=torch.float32)),
+        "a": -draw.normal(n, d, dtype=torch.float32).exp(),
+        "b": draw.normal(b, t, n),
+        "c": draw.normal(b, t, n),
+    }
+    return _packed(draw, Inputs(learned), b, n, d)
+
+
 def _short_conv(draw: Draw) -> Inputs:
     (b, t), (d, w) = (draw.rows, draw.length), (draw.sizes["d"], draw.sizes["w"])
     learned = {"x": draw.normal(b, t, d), "weight": draw.normal(d, w, scale=0.5), "bias": draw.normal(d)}
@@ -291,6 +303,8 @@ PROBES = {
               {"g": 1, "h": 16, "k": 64, "v": 64}, ("plain", "packed", "delta")),
         Probe("grouped_matmul", "seqlong.kernels.grouped_matmul", _grouped_matmul, ("y",), {"e": 3, "d": 64, "y": 72},
               {"e": 64, "d": 1024, "y": 512}),
+        Probe("selective_scan", "seqlong.kernels.selective_scan", _selective_scan, ("y", "final"), {"n": 4, "d": 24},
+              {"n": 16, "d": 1024}, ("plain", "packed")),
         Probe("short_conv", "seqlong.kernels.short_conv", _short_conv, ("y", "state"), {"d": 72, "w": 4},
               {"d": 2304, "w": 4}, ("plain", "packed")),
         Probe("rms_norm", _NORM, _rms_norm, ("y",), {"d": 136}, {"d": 1024}),

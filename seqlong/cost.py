@@ -29,6 +29,8 @@ OPERATIONS = {
     "CosFormer2": (4, "write kᵀv 2, read qS 2 (kernels/scalar_decay, without its decay)"),
     "Based": (4, "write kᵀv 2, read qS 2 (kernels/scalar_decay, without its decay)"),
     "Hedgehog": (4, "write kᵀv 2, read qS 2 (kernels/scalar_decay, without its decay)"),
+    "Mamba1": (6, "dt A 1, decay 1, write 2, read 2 (kernels/selective_scan)"),
+    "S4D": (7, "decay 3, write 2, read 2, a complex number being two (kernels/selective_scan)"),
     "DeltaNet": (6, "recall kS 2, write 2, read qS 2 (kernels/delta_rule)"),
     "GatedDeltaNet": (7, "decay 1, recall kS 2, write 2, read qS 2 (kernels/delta_rule)"),
     "KDA": (7, "decay 1, recall kS 2, write 2, read qS 2 (kernels/delta_rule)"),
