@@ -223,8 +223,10 @@ def _attention(draw: Draw) -> Inputs:
     (b, t), (g, h, k) = (draw.rows, draw.length), (draw.sizes[name] for name in ("g", "h", "k"))
     learned = {"q": draw.normal(b, t, h, k), "k": draw.normal(b, t, g, k), "v": draw.normal(b, t, g, k)}
     fixed: dict[str, Any] = {}
-    if draw.case == "window":
+    if draw.case in ("window", "sinks"):
         fixed["window"] = 1 + t // 5
+    if draw.case == "sinks":
+        fixed["sinks"] = 3
     if draw.case == "packed":
         starts = draw.starts()
         fixed["query_ids"] = fixed["key_ids"] = 1 + starts.cumsum(1)
@@ -313,7 +315,7 @@ PROBES = {
         Probe("linear_cross_entropy", "seqlong.kernels.cross_entropy", _linear_cross_entropy, ("loss",),
               {"d": 64, "y": 500}, {"d": 1024, "y": 32000}, ("plain", "z_loss")),
         Probe("attention", "seqlong.kernels.attention", _attention, ("o",), {"g": 1, "h": 2, "k": 64},
-              {"g": 2, "h": 8, "k": 64}, ("plain", "window", "packed"), yardstick="blocks"),
+              {"g": 2, "h": 8, "k": 64}, ("plain", "window", "packed", "sinks"), yardstick="blocks"),
         Probe("block_attention", "seqlong.kernels.block_attention", _block_attention, ("o",),
               {"g": 1, "h": 2, "k": 32}, {"g": 2, "h": 8, "k": 64}, yardstick="gathered"),
         Probe("summary_attention", "seqlong.kernels.attention", _summary_attention, ("o",), {"g": 1, "h": 2, "k": 32},

@@ -96,24 +96,23 @@ class _Sinks:
     """Columns far behind a block of queries that it sees none the less: at most a few a row, the sinks of the segment
     that reaches into the block's window (of later segments they are in the window)."""
 
-    def __init__(self, sinks: int, always: Tensor | None, ids: Tensor | None, lefts: list[int], k: Tensor, v: Tensor):
+    def __init__(self, sinks: int, always: Tensor | None, ids: Tensor | None, left: Tensor, k: Tensor, v: Tensor):
         self.sinks, self.ids = sinks, ids
         if ids is None:
             self.few = (k[:, :sinks], v[:, :sinks])
             return
         rows, keys = ids.shape
         first = torch.arange(sinks, device=k.device)
-        at = run_starts(ids)[:, lefts, None] + first  # (b blocks sinks)
+        at = run_starts(ids)[:, left, None] + first  # (b blocks sinks)
         near = torch.zeros_like(at, dtype=torch.bool) if always is None else at < sinks  # those are in ``carried``
         if always is not None:  # sinks from the cache stand before all others
-            carried = first.expand(rows, len(lefts), sinks)
+            carried = first.expand(rows, len(left), sinks)
             at, near = torch.cat([carried, at], dim=2), torch.cat([torch.zeros_like(near), near], dim=2)
         else:
             always = first_of_segments(sinks, rows, keys, ids, k.device)
-        left = torch.tensor(lefts, device=k.device)[:, None]
         at = at.clamp(max=keys - 1)
         flat = at.flatten(1)
-        self.there = always.gather(1, flat).view_as(at) & (at < left) & ~near
+        self.there = always.gather(1, flat).view_as(at) & (at < left[:, None]) & ~near
         self.found = ids.gather(1, flat).view_as(at)
         index = flat[..., None, None]
         pick = (x.gather(1, index.expand(-1, -1, *x.shape[2:])) for x in (k, v))  # at once: one gradient, not one each
@@ -152,7 +151,10 @@ def _by_blocks(
     offset = keys - length
     plain = query_ids is None and slopes is None and window is not None
     lefts = [0 if window is None else max(0, offset + start - window + 1) for start in range(0, length, BLOCK)]
-    far = _Sinks(sinks, always, key_ids, lefts, k, v) if sinks and lefts else None
+    far = None
+    if sinks and lefts and window is not None:
+        begins = torch.arange(len(lefts), device=k.device) * BLOCK + (offset - window + 1)  # ``lefts`` on the device
+        far = _Sinks(sinks, always, key_ids, begins.clamp(min=0), k, v)
     if far is not None and always is None:
         always = first_of_segments(sinks, q.shape[0] if key_ids is not None else 1, keys, key_ids, q.device)
     masks: dict[tuple[int, int, int], Tensor] = {}

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-#: Numbers that the keys gathered for a piece of queries may have.
+#: Numbers that the keys gathered for a piece of queries may have: they stay in a CPU's cache, and fill a GPU.
 BUDGET = 1 << 22
+GPU_BUDGET = 1 << 25
 
 
 class _Pieces:
@@ -49,7 +50,7 @@ class _Pieces:
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
         """Queries, counted in t, and the keys of their own block up to the last of them."""
         each = self.rows * self.groups * max(1, self.count) * self.block * max(self.width, self.v.shape[3])
-        most = max(1, BUDGET // each)
+        most = max(1, (GPU_BUDGET if self.q.is_cuda else BUDGET) // each)
         start = 0
         while start < self.length:
             own = (self.offset + start) // self.block

@@ -130,4 +130,4 @@ class Scout(Mixer):
         linear = Term("products", sum(x.flops for x in (*near.terms, *own) if x.what == "products"), own[0].formula)
         rest = [term for term in near.terms if term.what != "products"]
         terms = (linear, *rest, Term("attention", flops, what, True))
-        return Cost(terms, state, f"{each:,} B {self.every} tokens; near ones: {near.growth}")
+        return Cost(terms, state, f"{each:,} B every {self.every} tokens; near ones: {near.growth}")
