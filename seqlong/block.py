@@ -39,14 +39,19 @@ class Block(nn.Module):
             hidden: the residual stream.
             layout: where segments begin and end.
             state: from the window before; None keeps none.
-            aux: is given what the feed-forward has to say of losses and loads, if that is more than its result.
+            aux: is given what the two halves have to say of losses and loads, if that is more than their result.
         """
-        hidden, state = self.mix(hidden, layout, state)
+        hidden, state = self.mix(hidden, layout, state, aux)
         return self.feed(hidden, layout, aux), state
 
-    def mix(self, hidden: Tensor, layout: SequenceLayout, state: Any = None) -> tuple[Tensor, Any]:
+    def mix(
+        self, hidden: Tensor, layout: SequenceLayout, state: Any = None, aux: Aux | None = None
+    ) -> tuple[Tensor, Any]:
         """The first half: along the sequence."""
-        mixed, state = self.mixer(self.mixer_norm(hidden), layout, state)
+        normed = self.mixer_norm(hidden)
+        mixed, state = self.mixer(normed, layout, state)
+        if aux is not None and self.training and self.mixer.balance_loss:
+            _add(aux, {"router_loss_sum": self.mixer.router_loss_sum(normed, layout)})
         return hidden + mixed, state
 
     def feed(self, hidden: Tensor, layout: SequenceLayout, aux: Aux | None = None) -> Tensor:
@@ -56,8 +61,7 @@ class Block(nn.Module):
         if not self.routed:
             return hidden + self.ffn(self.ffn_norm(hidden))
         fed, said = self.ffn(self.ffn_norm(hidden), layout)
-        if aux is not None:
-            aux.update(said)
+        _add(aux, said)
         return hidden + fed
 
     @property
@@ -99,7 +103,7 @@ def run_block(
       mixer whose state grows (full attention) is run whole, and only the feed-forward half in tiles; a feed-forward
       whose experts choose among positions is run whole too.
 
-    ``aux`` is given what the feed-forward says beside its result; these are sums, and those of tiles are added up.
+    ``aux`` is given what mixer and feed-forward say beside their results: sums, and those of tiles are added up.
     """
     if checkpointing == "none" or (checkpointing != "tiled" and not torch.is_grad_enabled()):
         return block(hidden, layout, state, aux)
@@ -115,7 +119,8 @@ def run_block(
     # Cut by split, whose backward joins the gradients once; that of a slice is as long as the whole row, each time.
     parts, outputs, start = hidden.split(tile, dim=1), [], 0
     if not (block.mixer.causal and block.mixer.bounded_state and block.feeds_each_alone):
-        hidden, state = save(block.mix, hidden, layout, state)
+        hidden, state, said = save(_mixed, block, hidden, layout, state)
+        _add(aux, said)
         parts = hidden.split(tile, dim=1) if block.feeds_each_alone else (hidden,)
         for part in parts:
             stop = start + part.shape[1]
@@ -139,6 +144,12 @@ def run_block(
 def _whole(block: Block, hidden: Tensor, layout: SequenceLayout, state: Any) -> tuple[Tensor, Any, Aux]:
     said: Aux = {}
     hidden, state = block(hidden, layout, state, said)
+    return hidden, state, said
+
+
+def _mixed(block: Block, hidden: Tensor, layout: SequenceLayout, state: Any) -> tuple[Tensor, Any, Aux]:
+    said: Aux = {}
+    hidden, state = block.mix(hidden, layout, state, said)
     return hidden, state, said
 
 

@@ -13,12 +13,15 @@ from seqlong.mixers.linear_attention import CosFormer2, LightningAttention, Line
 from seqlong.mixers.log_linear import LogLinearGatedDeltaNet, LogLinearMamba2
 from seqlong.mixers.mamba2 import Mamba2
 from seqlong.mixers.mlstm import MLSTM
+from seqlong.mixers.moh import MoH
+from seqlong.mixers.mom import MoM
 from seqlong.mixers.rat import Rat
 from seqlong.mixers.rglru import RGLRU
 from seqlong.mixers.rwkv6 import RWKV6
 from seqlong.mixers.rwkv7 import RWKV7
 from seqlong.mixers.scout import Scout
 from seqlong.mixers.sparse_attention import MoBA, NativeSparseAttention
+from seqlong.mixers.sse import SSE
 
 __all__ = [
     "GLA",
@@ -29,6 +32,7 @@ __all__ = [
     "RWKV6",
     "RWKV7",
     "S4D",
+    "SSE",
     "Attention",
     "Based",
     "Bidirectional",
@@ -47,6 +51,8 @@ __all__ = [
     "MixerFactory",
     "MixerState",
     "MoBA",
+    "MoH",
+    "MoM",
     "NativeSparseAttention",
     "Rat",
     "RetNet",

@@ -128,9 +128,11 @@ class Attention(Mixer):
             places = layout.positions if layout.positions.dim() == 2 or len(self.axes) > 1 else layout.positions[..., 0]
             q, k = (rotary_axes(x, places, self.axes, self.rope_base, self.rope_scale) for x in (q, k))
         mixed, after = self._attend(q, k, v, layout, state)
-        if self.gate_proj is not None:
-            mixed = mixed * torch.sigmoid(self.gate_proj(hidden)).view_as(mixed)
-        return self.out_proj(mixed.flatten(2)), after
+        return self.out_proj(self._weigh(mixed, hidden).flatten(2)), after
+
+    def _weigh(self, mixed: Float[Tensor, "b t h v"], hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t h v"]:
+        """The heads' results, gated if there is a gate."""
+        return mixed if self.gate_proj is None else mixed * torch.sigmoid(self.gate_proj(hidden)).view_as(mixed)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, state: AttentionState | SinkState | None

@@ -47,11 +47,13 @@ class Mixer(nn.Module):
         bounded_state: whether the state keeps its size however many tokens passed, so that a row can be run in tiles.
         residual_projections: names of the linear layers that write to the residual stream; the backbone scales their
             initial weights with depth.
+        balance_loss: weight of a loss of the mixer's own router, if it has one.
     """
 
     causal: bool = True
     bounded_state: bool = False
     residual_projections: tuple[str, ...] = ()
+    balance_loss: float = 0.0
 
     def place(self, layer: int, layers: int) -> None:
         """Be told, once, to be block ``layer`` (from 0) of ``layers``: for what depends on depth."""
@@ -61,6 +63,10 @@ class Mixer(nn.Module):
     ) -> tuple[Float[Tensor, "b t d"], Any]:
         """Mix ``hidden`` along t; return the result and, if a state was given, the state after the last token."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(hidden, layout, state)")
+
+    def router_loss_sum(self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout) -> Float[Tensor, ""]:
+        """What a mixer with ``balance_loss`` adds to the training loss: a sum over tokens, from the same input."""
+        raise NotImplementedError(f"{type(self).__name__} has no router")
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> Any:
         """The state before the first token of ``rows`` rows."""
