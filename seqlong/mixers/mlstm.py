@@ -21,8 +21,9 @@ class MLSTM(LinearMixer):
     ``max(|q_t n_t| / √k, 1)``, where n is the same sum of keys alone. Sums are kept divided by e^m,
     ``m_t = max(log σ(f_t) + m_{t-1}, log i_t)``, so nothing overflows; h does not depend on m, which has no gradient.
     The source adds 1e-6 to the divisor, which would make it depend. The state is ``C``; the exponential form's has two
-    more columns, n and m. Gates start with weights of zero, forget biases from 3 to 6. Source: arXiv 2405.04517; the
-    sigmoid gate arXiv 2503.14376, the widths and the biases arXiv 2503.13427.
+    more columns, n and m. Gates start with weights of zero, forget biases from 3 to 6, head by head, input biases at
+    -10 (xLSTM-7B's, as in transformers; the code of the first paper draws these from N(0, 0.1)). Source: arXiv
+    2405.04517; the sigmoid gate arXiv 2503.14376, the widths and the biases arXiv 2503.13427.
 
     Args:
         d_model: width of the residual stream.
@@ -70,9 +71,7 @@ class MLSTM(LinearMixer):
         before = write.new_zeros(len(write), self.heads) if memory is None else memory[:, :, 0, -1].detach()
         largest = _running_maximum(forget.detach(), write.detach(), starts, before)
         decay = forget + torch.cat([before[:, None], largest], dim=1)[:, :-1] - largest
-        if starts is not None:  # what came before is of another segment
-            decay = decay.masked_fill(starts[..., None], 0)
-        decay = decay - decay.detach().clamp(min=0)  # no more than rounding
+        decay = decay - decay.detach().clamp(min=0)  # no more than rounding, but at starts, where nothing is kept
         k = (k * (write - largest).exp()[..., None]).to(k.dtype)
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
         output, after = scalar_decay(

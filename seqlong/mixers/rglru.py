@@ -32,7 +32,10 @@ class RGLRU(Mixer):
 
     x is a projection through a short causal convolution without activation; h is multiplied with GELU of another, then
     projected. W_i, W_r are block-diagonal, a block a head. A segment's first token is taken whole, without the root, as
-    the published code does. At a gate of 1, a² starts uniform in [0.9², 0.999²]. Source: arXiv 2402.19427.
+    the published code does. At a gate of 1, a² starts uniform in [0.9², 0.999²], as the paper has it (published code
+    leaves the 8 out where it starts Λ, so that a starts as the eighth power of this). Matrices start normal, with a
+    variance of one over their inputs (1 / 100 of that in the convolution), biases at zero, as in the published code
+    (transformers, recurrent_gemma). Source: arXiv 2402.19427.
 
     Args:
         d_model: width of the residual stream.
@@ -56,6 +59,12 @@ class RGLRU(Mixer):
         kept = torch.empty(width).uniform_(0.9**2, 0.999**2)
         self.rate = nn.Parameter(torch.log(torch.expm1(-0.5 * kept.log() / 8)))  # Λ: 8 softplus(Λ) = -log(a)
         self.out_proj = nn.Linear(width, d_model)
+        for layer in (self.in_proj, self.gate_proj, self.out_proj):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.conv1d.weight, std=0.1 * conv_width**-0.5)
+        assert self.conv1d.bias is not None
+        nn.init.zeros_(self.conv1d.bias)
 
     def forward(
         self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: RGLRUState | None = None

@@ -19,8 +19,9 @@ class RWKV6(Mixer):
 
     r, k, v, the gate and ``w = w0 + tanh(x A) B`` are each made of a mix of the token x and the one before it, x',
     ``x + (x' - x) (μ + tanh((x + (x' - x) μ_x) A_i) B_i)``. LayerNorm of each head, times SiLU of the gate. The first
-    values of μ, w0 and u depend on channel and depth as in the published code; matrices start as ``nn.Linear`` does.
-    Source: arXiv 2404.05892.
+    values of μ, w0 and u depend on channel and depth as in the published code (RWKV-LM, RWKV-v5/src/model.py, x060), as
+    does the norm's weight, ``((l + 1) / L)^0.7`` in block l; A and A_i start at zero, B and B_i within 0.01. Other
+    matrices start as ``nn.Linear`` does. Source: arXiv 2404.05892.
 
     Args:
         d_model: width of the residual stream.
@@ -45,10 +46,10 @@ class RWKV6(Mixer):
         self.heads, self.head_dim, self.norm_eps = heads, split_heads("RWKV6", d_model, heads), norm_eps
         self.mix_base = nn.Parameter(torch.empty(d_model))
         self.mix = nn.Parameter(torch.empty(5, d_model))  # for w, k, v, r and the gate
-        self.mix_down = nn.Parameter(torch.empty(d_model, 5 * mix_rank).uniform_(-1e-4, 1e-4))
+        self.mix_down = nn.Parameter(torch.zeros(d_model, 5 * mix_rank))
         self.mix_up = nn.Parameter(torch.empty(5, mix_rank, d_model).uniform_(-0.01, 0.01))
         self.decay = nn.Parameter(torch.empty(d_model))
-        self.decay_down = nn.Parameter(torch.empty(d_model, decay_rank).uniform_(-1e-4, 1e-4))
+        self.decay_down = nn.Parameter(torch.zeros(d_model, decay_rank))
         self.decay_up = nn.Parameter(torch.empty(decay_rank, d_model).uniform_(-0.01, 0.01))
         self.bonus = nn.Parameter(torch.empty(heads, self.head_dim))
         self.r_proj, self.k_proj, self.v_proj, self.gate_proj, self.out_proj = (
@@ -68,6 +69,7 @@ class RWKV6(Mixer):
         self.mix.copy_(torch.stack([slow, slow, slow - 0.3 * upward, fast, fast]))
         self.decay.copy_(-6 + 5 * along ** (0.7 + 1.3 * upward))
         self.bonus.copy_((upward * (1 - along) + 0.1 * ((channel + 1) % 3 - 1)).view_as(self.bonus))
+        self.norm_weight.fill_(((layer + 1) / layers) ** 0.7)
 
     def forward(
         self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: ShiftState | None = None

@@ -35,16 +35,17 @@ class RWKV7(Mixer):
 
     κ is the key times a weight a channel, of length one; ``α = σ(...)``; ``k (1 + (α - 1) k_a)`` is written. r, w, k,
     v, α and the gate are each made of ``x + (x' - x) μ`` with x' the token before. LayerNorm of each head, plus
-    ``(r · (k r_k)) v``, times the gate. The first values of μ and of the low-rank parts' biases depend on channel and
-    depth as in the published code, but ``out_proj`` does not start at zero. Later blocks of the source mix in the
+    ``(r · (k r_k)) v``, times the gate. First values are those of the published code (RWKV-LM, RWKV-v7/train_temp):
+    those of μ and of the low-rank parts' biases depend on channel and depth, the norm's weight is
+    ``((l + 1) / L)^0.7`` in block l; but ``out_proj`` does not start at zero. Later blocks of the source mix in the
     values of the first one; a mixer sees its own block only, so that is left out. Source: arXiv 2503.14456.
 
     Args:
         d_model: width of the residual stream.
         heads: heads.
-        decay_rank: numbers between the two layers that make w; about ``1.8 √d_model`` in steps of 32 if not given.
+        decay_rank: numbers between the two layers that make w; about ``2.5 √d_model`` in steps of 32 if not given.
         erase_rank: the same for α.
-        gate_rank: the same for the gate; about ``0.6 d_model^0.8`` if not given.
+        gate_rank: the same for the gate; about ``5 √d_model`` if not given.
         norm_eps: added to the variance in the norm; head width times 1e-5 if not given.
     """
 
@@ -63,7 +64,7 @@ class RWKV7(Mixer):
         super().__init__()
         self.heads, self.head_dim = heads, split_heads("RWKV7", d_model, heads)
         self.norm_eps = self.head_dim * 1e-5 if norm_eps is None else norm_eps
-        low, wide = (max(32, round(size / 32) * 32) for size in (1.8 * d_model**0.5, 0.6 * d_model**0.8))
+        low, wide = (max(32, round(size / 32) * 32) for size in (2.5 * d_model**0.5, 5 * d_model**0.5))
         self.mix = nn.Parameter(torch.empty(6, d_model))  # for r, w, k, v, α and the gate
         self.decay = LowRankGate(d_model, low if decay_rank is None else decay_rank)
         self.erase = LowRankGate(d_model, low if erase_rank is None else erase_rank)
@@ -92,6 +93,7 @@ class RWKV7(Mixer):
         self.decay.bias.copy_(-5.5 + 6 * along ** (1 + upward**0.3) + 2.5 * zigzag)
         self.erase.bias.copy_(-0.19 + 0.3 * zigzag + 0.4 * slope)
         self.key_erased.copy_(0.71 - 0.1 * slope)
+        self.norm_weight.fill_(((layer + 1) / layers) ** 0.7)
 
     def forward(
         self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: ShiftState | None = None
