@@ -10,6 +10,7 @@ from seqlong.kernels.dispatch import Choice, choose
 from seqlong.kernels.dplr.chunked import dplr_chunked
 from seqlong.kernels.dplr.plan import candidates, works
 from seqlong.kernels.dplr.reference import dplr_reference
+from seqlong.kernels.inputs import four_axes, shaped, token_marks
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
 
@@ -66,29 +67,18 @@ def check(
     marks: dict[str, Tensor | None],
 ) -> None:
     """Raise a ValueError that names the argument, what was found and what was expected."""
-    for name, x in (("q", q), ("v", v)):
-        if x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(f"{op} needs {name} with four axes and a floating type, found {_said(x)}")
+    four_axes(op, {"q": q, "v": v})
     rows, length, heads, width = q.shape
-    shapes: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-        ("k", k, tuple(q.shape)),
-        ("v", v, (rows, length, heads, v.shape[3])),
-        ("a", a, tuple(q.shape)),
-        ("b", b, tuple(q.shape)),
-        ("log_decay", log_decay, tuple(q.shape)),
-        (*state, (rows, heads, width, v.shape[3])),
-        *((name, x, (rows, length)) for name, x in marks.items()),
-    ]
-    for name, found, shape in shapes:
-        if found is not None and tuple(found.shape) != shape:
-            raise ValueError(f"{op} needs {name} of shape {shape}, found {_said(found)}")
-    for name, found in marks.items():
-        if found is not None and found.dtype != torch.bool:
-            raise ValueError(f"{op} needs {name} of type bool, found {found.dtype}")
-
-
-def _said(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "k": (k, q.shape),
+        "v": (v, (rows, length, heads, v.shape[3])),
+        "a": (a, q.shape),
+        "b": (b, q.shape),
+        "log_decay": (log_decay, q.shape),
+        state[0]: (state[1], (rows, heads, width, v.shape[3])),
+    }
+    shaped(op, expected)
+    token_marks(op, marks, (rows, length))
 
 
 def dplr(
