@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +16,7 @@ from seqlong.kernels.attention import attention
 from seqlong.kernels.attention import op as attention_op
 from seqlong.kernels.cross_entropy import linear_cross_entropy
 from seqlong.kernels.norm import gated_rms_norm, rms_norm
+from seqlong.kernels.runtime import constant_when_traced
 from seqlong.kernels.scalar_decay import chunked, scalar_decay
 from seqlong.kernels.scalar_decay.inputs import check
 from seqlong.kernels.scalar_decay.reference import scalar_decay_reference
@@ -331,3 +334,25 @@ def test_the_backward_of_blocks_touches_each_position_a_few_times_only() -> None
     with Sizes():
         out.sum().backward()
     assert sum(size >= q.numel() for size in sizes) < 64
+
+
+def test_importing_ops_does_not_import_the_compiler() -> None:
+    """It takes torch.compiler a second, which every process would pay."""
+    ops = "attention cross_entropy delta_rule dplr grouped_matmul log_linear norm rotary scalar_decay short_conv"
+    names = ", ".join(f"seqlong.kernels.{op}" for op in [*ops.split(), "vector_decay", "probes"])
+    program = f"import sys; import {names}; print([name for name in sys.modules if name.startswith('torch._dynamo')])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_compiler_keeps_the_answer_of_what_is_marked_constant() -> None:
+    asked = []
+
+    def answer() -> int:
+        asked.append("a compiler that traced this would leave it to the graph")
+        return len(asked)
+
+    by_torch = torch.compiler.assume_constant_result(lambda: None)
+    assert constant_when_traced(answer).__dict__ == by_torch.__dict__  # what a compiler looks at is torch's affair
+    compiled = torch.compile(lambda x: x * answer(), backend="eager", fullgraph=True)
+    assert [compiled(torch.ones(())).item() for _ in range(2)] == [1, 1] and len(asked) == 1

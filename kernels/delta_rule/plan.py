@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seqlong.kernels import tuning
+from seqlong.kernels.runtime import constant_when_traced
 from seqlong.kernels.scalar_decay.plan import power
 
 #: Tokens of a chunk: four blocks of 16, whose inverses are merged.
@@ -63,7 +64,7 @@ def works(q: Tensor, v: Tensor) -> bool:
     return _works(v.dtype, power(q.shape[3]), power(v.shape[3]), v.device)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _works(dtype: torch.dtype, k: int, v: int, device: torch.device) -> bool:
     return tuning.settle(*_asked(dtype, k, v), device) is not None
 

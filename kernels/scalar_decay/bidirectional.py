@@ -13,6 +13,7 @@ from torch import Tensor
 from seqlong.kernels import tuning
 from seqlong.kernels.dispatch import Choice, choose
 from seqlong.kernels.precision import accumulation
+from seqlong.kernels.runtime import constant_when_traced
 from seqlong.kernels.scalar_decay.chunked import scalar_decay_chunked
 from seqlong.kernels.scalar_decay.inputs import check
 from seqlong.kernels.scalar_decay.op import OFFERED, scalar_decay, why_not_triton
@@ -61,7 +62,7 @@ def settled(q: Tensor, v: Tensor) -> Plan | None:
     return None if config is None else _plan(tuple(config.items()))
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _works(dtype: torch.dtype, k: int, v: int, device: torch.device) -> bool:
     """Whether there is such a plan, as a compiler asks while it traces."""
     return tuning.settle("bidirectional_decay", tuning.key(dtype, k=k, v=v), _settings(dtype), device) is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seqlong.kernels import tuning
-from seqlong.kernels.runtime import INTERPRETED
+from seqlong.kernels.runtime import INTERPRETED, constant_when_traced
 
 #: What the forward pass keeps for the backward: nothing, or the state that enters each chunk.
 NOTHING, CHUNKS = 0, 1
@@ -90,7 +90,7 @@ def works(q: Tensor, v: Tensor, ssd: bool) -> bool:
     return _works(v.dtype, *widths, int(q.shape[2]) != int(v.shape[2]), ssd, v.device)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _works(dtype: torch.dtype, k: int, v: int, shared: bool, ssd: bool, device: torch.device) -> bool:
     return tuning.settle(*_asked(dtype, k, v, shared, ssd), device) is not None
 
