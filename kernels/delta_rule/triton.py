@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from seqlong.kernels.delta_rule import triton_backward, triton_forward
-from seqlong.kernels.delta_rule.plan import CHUNK, Plan, settled
+from seqlong.kernels.delta_rule.plan import CHUNK, PLANS, Plan
+from seqlong.kernels.plans import power, segments
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import use_allocator
-from seqlong.kernels.scalar_decay.plan import power, segments
 
 LOG2E = 1.4426950408889634
 #: log2 of a decay that is zero in float32; no decay is below it, so that sums over a chunk keep their digits.
@@ -58,9 +58,7 @@ class _Sizes(NamedTuple):
 def _sizes(q: Tensor, v: Tensor) -> _Sizes:
     rows, length = q.shape[:2]  # symbols where a compiler traces them; heads and widths never are
     groups, width, heads, value_width = map(int, (*q.shape[2:], *v.shape[2:]))
-    plan = settled(q, v)
-    if plan is None:  # the public function asks first, and does not come here
-        raise RuntimeError("no configuration of delta_rule's Triton kernels is right on this machine")
+    plan = PLANS.settled(q, v)
     k_tile, v_tile = power(width), power(value_width)
     value_tile = min(plan.value_tile, k_tile, v_tile)
     chunks = -(-length // CHUNK)

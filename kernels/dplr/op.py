@@ -6,19 +6,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqlong.kernels.dispatch import Choice, choose
+from seqlong.kernels.dispatch import ALONG_A_ROW, choose_along_a_row
 from seqlong.kernels.dplr.chunked import dplr_chunked
-from seqlong.kernels.dplr.plan import candidates, works
+from seqlong.kernels.dplr.plan import PLANS, candidates
 from seqlong.kernels.dplr.reference import dplr_reference
 from seqlong.kernels.inputs import four_axes, shaped, token_marks
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
 
-OFFERED = {
-    "triton": "Triton kernels on this GPU",
-    "chunked": "matrix products over chunks in torch, any device",
-    "reference": "float64 loop over tokens",
-}
+OFFERED = ALONG_A_ROW
 
 #: Widest heads that the Triton kernels hold on chip.
 WIDEST = 64
@@ -39,20 +35,6 @@ def why_not_triton(q: Tensor, *others: Tensor) -> str | None:
     if not v.numel() or not q.numel():
         return "an empty input"
     return None
-
-
-def _choose(implementation: str | None, *inputs: Tensor) -> Choice:
-    q, _, v = inputs[:3]
-    reason = why_not_triton(*inputs)
-    if reason is None and not works(q, v):
-        reason = "no configuration of the Triton kernels passed its check on this GPU"
-    if reason is None:
-        best = v.is_cuda and v.dtype != torch.float32
-        return choose("dplr", OFFERED, "triton" if best else "chunked", implementation)
-    if implementation == "triton":
-        raise ValueError(f"dplr cannot run in Triton: {reason}")
-    offered = {"chunked": f"{OFFERED['chunked']} ({reason})", "reference": OFFERED["reference"]}
-    return choose("dplr", offered, "chunked", implementation)
 
 
 def check(
@@ -121,7 +103,8 @@ def dplr(
     Source: arXiv 2503.14456.
     """
     check("dplr", q, k, v, a, b, log_decay, ("initial_state", initial_state), {"starts": starts})
-    choice = _choose(implementation, q, k, v, a, b)
+    obstacle = why_not_triton(q, k, v, a, b) or PLANS.why_none(q, v)
+    choice = choose_along_a_row("dplr", v, obstacle, implementation)
     if choice.implementation == "reference":
         return dplr_reference(q, k, v, a, b, log_decay, starts, initial_state, reverse)
     if reverse:

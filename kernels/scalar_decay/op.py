@@ -7,19 +7,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqlong.kernels.dispatch import Choice, choose
+from seqlong.kernels.dispatch import ALONG_A_ROW, choose_along_a_row
+from seqlong.kernels.plans import power
 from seqlong.kernels.precision import accumulation
 from seqlong.kernels.runtime import triton_runs_on
 from seqlong.kernels.scalar_decay.chunked import scalar_decay_chunked
 from seqlong.kernels.scalar_decay.inputs import check
-from seqlong.kernels.scalar_decay.plan import candidates, power, works
+from seqlong.kernels.scalar_decay.plan import candidates, why_none
 from seqlong.kernels.scalar_decay.reference import scalar_decay_reference
 
-OFFERED = {
-    "triton": "Triton kernels on this GPU",
-    "chunked": "matrix products over chunks in torch, any device",
-    "reference": "float64 loop over tokens",
-}
+OFFERED = ALONG_A_ROW
 #: Configurations that `seqlong doctor --tune` measures, the default first.
 CANDIDATES = candidates()
 #: Widest heads that the Triton kernels hold on chip.
@@ -38,20 +35,6 @@ def why_not_triton(q: Tensor, v: Tensor) -> str | None:
     if not v.numel() or not q.numel():
         return "an empty input"
     return None
-
-
-def _choose(op: str, q: Tensor, v: Tensor, implementation: str | None) -> Choice:
-    reason = why_not_triton(q, v)
-    if reason is None and not works(q, v, op == "ssd"):
-        reason = "no configuration of the Triton kernels passed its check on this GPU"
-    if reason is None:
-        # Tensor cores have no float32: plain torch, with tf32 or without as its user set it, is as good there.
-        best = v.is_cuda and v.dtype != torch.float32
-        return choose(op, OFFERED, "triton" if best else "chunked", implementation)
-    if implementation == "triton":
-        raise ValueError(f"{op} cannot run in Triton: {reason}")
-    offered = {"chunked": f"{OFFERED['chunked']} ({reason})", "reference": OFFERED["reference"]}
-    return choose(op, offered, "chunked", implementation)
 
 
 def scalar_decay(
@@ -91,7 +74,8 @@ def scalar_decay(
     """
     check("scalar_decay", ("q", q), ("k", k), ("v", v), ("log_decay", log_decay), starts=starts,
           initial_state=initial_state)  # fmt: skip
-    choice = _choose("scalar_decay", q, v, implementation)
+    obstacle = why_not_triton(q, v) or why_none(q, v, ssd=False)
+    choice = choose_along_a_row("scalar_decay", v, obstacle, implementation)
     if log_decay.dim() == 1:
         log_decay = log_decay.expand(v.shape[:3])
     if choice.implementation == "reference":
@@ -146,7 +130,8 @@ def ssd(
     """
     check("ssd", ("c", c), ("b", b), ("x", x), ("dt", dt), starts=starts, initial_state=initial_state,
           per_head={"a": a, "d": d, "dt_bias": dt_bias})  # fmt: skip
-    choice = _choose("ssd", c, x, implementation)
+    obstacle = why_not_triton(c, x) or why_none(c, x, ssd=True)
+    choice = choose_along_a_row("ssd", x, obstacle, implementation)
     if choice.implementation == "triton":
         return _triton(c, b, x, dt, dt_bias, a, d, starts, initial_state, False, recompute)
     kept = torch.float64 if choice.implementation == "reference" else accumulation(x.dtype)

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from seqlong.kernels.plans import power, segments
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import use_allocator
 from seqlong.kernels.scalar_decay import triton_backward, triton_forward
-from seqlong.kernels.scalar_decay.plan import CHUNKS, NOTHING, Plan, power, segments, settled
+from seqlong.kernels.scalar_decay.plan import CHUNKS, NOTHING, Plan, settled
 
 
 class _Sizes(NamedTuple):
@@ -50,8 +51,6 @@ def _sizes(q: Tensor, v: Tensor, ssd: bool) -> _Sizes:
     rows, length = q.shape[:2]  # symbols where a compiler traces them; heads and widths never are
     groups, width, heads, value_width = map(int, (*q.shape[2:], *v.shape[2:]))
     plan = settled(q, v, ssd)
-    if plan is None:  # the public function asks first, and does not come here
-        raise RuntimeError("no configuration of scalar_decay's Triton kernels is right on this machine")
     k_tile, v_tile = power(width), power(value_width)
     chunks = -(-length // plan.chunk)
     value_tile = min(plan.value_tile, v_tile)

@@ -11,11 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
+from seqlong.kernels.plans import power, segments
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import use_allocator
 from seqlong.kernels.scalar_decay import triton_bidirectional_kernels as kernels
-from seqlong.kernels.scalar_decay.bidirectional import settled
-from seqlong.kernels.scalar_decay.plan import power, segments
+from seqlong.kernels.scalar_decay.bidirectional import PLANS
 from seqlong.kernels.scalar_decay.reference import last_tokens
 from seqlong.kernels.scalar_decay.triton import _readable, _Sizes, _strides
 from seqlong.kernels.scalar_decay.triton_forward import prepare
@@ -26,9 +26,7 @@ REGISTERS: int | None = 128
 
 def _sizes(q: Tensor, v: Tensor) -> _Sizes:
     (rows, length, groups, width), (heads, value_width) = q.shape, v.shape[2:]
-    plan = settled(q, v)
-    if plan is None:  # the public function asks first, and does not come here
-        raise RuntimeError("no configuration of bidirectional_decay's Triton kernels is right on this machine")
+    plan = PLANS.settled(q, v)
     k_tile, v_tile = power(width), power(value_width)
     chunks = -(-length // plan.chunk)
     count, each = segments(q, chunks, rows * heads, plan.programs_per_sm)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seqlong.kernels.plans import power
 from seqlong.kernels.precision import as_written
-from seqlong.kernels.scalar_decay.plan import NOTHING, power
+from seqlong.kernels.scalar_decay.plan import NOTHING
 from seqlong.kernels.scalar_decay.triton import _forward, _gradients, as_inputs, chunk_states, types, untraced
 
 #: Bytes of chunk states that a window may hold, unless SHORTEST needs more; twice that in the backward pass.

@@ -7,18 +7,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqlong.kernels.dispatch import Choice, choose
+from seqlong.kernels.dispatch import ALONG_A_ROW, choose_along_a_row
 from seqlong.kernels.runtime import triton_runs_on
 from seqlong.kernels.vector_decay.chunked import vector_decay_chunked
 from seqlong.kernels.vector_decay.inputs import check
-from seqlong.kernels.vector_decay.plan import candidates, works
+from seqlong.kernels.vector_decay.plan import PLANS, candidates
 from seqlong.kernels.vector_decay.reference import vector_decay_reference
 
-OFFERED = {
-    "triton": "Triton kernels on this GPU",
-    "chunked": "matrix products over chunks in torch, any device",
-    "reference": "float64 loop over tokens",
-}
+OFFERED = ALONG_A_ROW
 #: Configurations that `seqlong doctor --tune` measures, the default first.
 CANDIDATES = candidates()
 #: Widest heads that the Triton kernels hold on chip.
@@ -41,20 +37,6 @@ def why_not_triton(q: Tensor, v: Tensor, gate: Tensor, bonus: Tensor | None) -> 
     if not v.numel() or not q.numel():
         return "an empty input"
     return None
-
-
-def _choose(q: Tensor, v: Tensor, gate: Tensor, bonus: Tensor | None, implementation: str | None) -> Choice:
-    reason = why_not_triton(q, v, gate, bonus)
-    if reason is None and not works(q, v):
-        reason = "no configuration of the Triton kernels passed its check on this GPU"
-    if reason is None:
-        # Tensor cores have no float32: plain torch, with tf32 or without as its user set it, is as good there.
-        best = v.is_cuda and v.dtype != torch.float32
-        return choose("vector_decay", OFFERED, "triton" if best else "chunked", implementation)
-    if implementation == "triton":
-        raise ValueError(f"vector_decay cannot run in Triton: {reason}")
-    offered = {"chunked": f"{OFFERED['chunked']} ({reason})", "reference": OFFERED["reference"]}
-    return choose("vector_decay", offered, "chunked", implementation)
 
 
 def vector_decay(
@@ -103,7 +85,8 @@ def vector_decay(
     """
     check("vector_decay", q, k, v, gate, activation, divisor, lower_bound=lower_bound, bonus=bonus, starts=starts,
           initial_state=initial_state)  # fmt: skip
-    choice = _choose(q, v, gate, bonus, implementation)
+    obstacle = why_not_triton(q, v, gate, bonus) or PLANS.why_none(q, v)
+    choice = choose_along_a_row("vector_decay", v, obstacle, implementation)
     if choice.implementation == "triton":
         return _triton(q, k, v, gate, activation, divisor, lower_bound, starts, initial_state, reverse)
     inputs = (q, k, v, gate, activation, divisor, lower_bound, bonus, starts, initial_state, reverse)

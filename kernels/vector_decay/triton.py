@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from seqlong.kernels.plans import power, segments
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import use_allocator
-from seqlong.kernels.scalar_decay.plan import power, segments
 from seqlong.kernels.scalar_decay.triton import _flags, _float, _readable, _strides, untraced
 from seqlong.kernels.vector_decay import triton_kernels
 from seqlong.kernels.vector_decay.inputs import ACTIVATIONS
-from seqlong.kernels.vector_decay.plan import Plan, settled
+from seqlong.kernels.vector_decay.plan import PLANS, Plan
 
 
 class _Sizes(NamedTuple):
@@ -63,9 +63,7 @@ class _Gates(NamedTuple):
 def _sizes(q: Tensor, v: Tensor) -> _Sizes:
     rows, length = q.shape[:2]  # symbols where a compiler traces them; heads and widths never are
     heads, width, value_width = int(q.shape[2]), int(q.shape[3]), int(v.shape[3])
-    plan = settled(q, v)
-    if plan is None:  # the public function asks first, and does not come here
-        raise RuntimeError("no configuration of vector_decay's Triton kernels is right on this machine")
+    plan = PLANS.settled(q, v)
     k_tile, v_tile = power(width), power(value_width)
     value_tile = min(plan.value_tile, v_tile)
     key_slice = max(min(plan.key_slice, k_tile), k_tile // 4)
