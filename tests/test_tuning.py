@@ -17,7 +17,6 @@ from torch import Tensor
 
 from seqlong.errors import SeqlongError
 from seqlong.kernels import probes, tuning
-from seqlong.kernels.scalar_decay.plan import Plan, settled, why_none
 from seqlong.kernels.tuning import Config, settle
 
 DEFAULT: Config = {"chunk": 64, "warps": 4, "fast": False}
@@ -485,22 +484,3 @@ def test_young_kernels_are_checked_in_every_case(monkeypatch: pytest.MonkeyPatch
     assert probes.self_check("delta_rule", "bf16 k128 v128", "cpu") is not None, "KDA's kernels are wrong"
     seen.clear()
     assert probes.self_check("rms_norm", "bf16 y1024", "cpu") is None and seen == ["plain"]
-
-
-def test_plans_are_the_tuned_ones_and_a_compiler_can_ask_for_them(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    q, v = torch.randn(1, 5, 1, 40), torch.randn(1, 5, 2, 8)
-    tuned = {"scalar_decay": {"fp32 k64 v16 shared": {"run": 7}}, "ssd": {"fp32 k64 v16": {"run": 9}}}
-    own.write_text(json.dumps(tuned))
-    assert [settled(q, v, ssd=ssd).run for ssd in (False, True)] == [7, 9]
-    assert settled(q.repeat(1, 1, 2, 1), v, ssd=False).run == Plan().run
-
-    def ask(q: Tensor) -> tuple[Tensor, list[str | None]]:
-        return q + 1, [why_none(q, v, ssd=ssd) for ssd in (False, True)]
-
-    assert torch.compile(ask, backend="eager", fullgraph=True)(q)[1] == [None, None]
-    monkeypatch.setattr(tuning, "settle", lambda op, *_: None if op == "ssd" else {"run": 7})
-    torch.compiler.reset()
-    found = torch.compile(ask, backend="eager", fullgraph=True)(q)[1]
-    assert found[0] is None and "no configuration of the Triton kernels" in str(found[1])
-    with pytest.raises(RuntimeError, match="no configuration of ssd's Triton kernels is right"):
-        settled(q, v, ssd=True)
