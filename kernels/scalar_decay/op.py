@@ -8,7 +8,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqlong.kernels.dispatch import ALONG_A_ROW, choose_along_a_row
-from seqlong.kernels.plans import power
 from seqlong.kernels.precision import accumulation
 from seqlong.kernels.runtime import triton_runs_on
 from seqlong.kernels.scalar_decay.chunked import scalar_decay_chunked
@@ -81,7 +80,9 @@ def scalar_decay(
     if choice.implementation == "reference":
         return scalar_decay_reference(q, k, v, log_decay, starts, initial_state, reverse)
     if choice.implementation == "triton":
-        return _triton(q, k, v, log_decay, None, None, None, starts, initial_state, reverse, recompute)
+        from seqlong.kernels.scalar_decay.triton import run
+
+        return run(q, k, v, log_decay, None, None, None, starts, initial_state, reverse, recompute)
     if reverse:
         q, k, v, log_decay = (x.flip(1) for x in (q, k, v, log_decay))
         starts = None if starts is None else starts.flip(1)
@@ -133,7 +134,9 @@ def ssd(
     obstacle = why_not_triton(c, x) or why_none(c, x, ssd=True)
     choice = choose_along_a_row("ssd", x, obstacle, implementation)
     if choice.implementation == "triton":
-        return _triton(c, b, x, dt, dt_bias, a, d, starts, initial_state, False, recompute)
+        from seqlong.kernels.scalar_decay.triton import run
+
+        return run(c, b, x, dt, dt_bias, a, d, starts, initial_state, False, recompute)
     kept = torch.float64 if choice.implementation == "reference" else accumulation(x.dtype)
     raw = dt.to(kept) if dt_bias is None else dt.to(kept) + dt_bias.to(kept)
     steps = F.softplus(raw)
@@ -150,36 +153,3 @@ def ssd(
     if d is not None:
         y = torch.addcmul(y, x.to(y.dtype), d.to(y.dtype)[:, None])
     return y.to(x.dtype), final.to(accumulation(x.dtype))
-
-
-def _triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    bias: Tensor | None,
-    rate: Tensor | None,
-    skip: Tensor | None,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-    reverse: bool,
-    recompute: bool,
-) -> tuple[Tensor, Tensor]:
-    """Call the Triton op on widths that it can read, and cut its results to the caller's."""
-    from seqlong.kernels.scalar_decay.triton import run
-
-    width, value_width = q.shape[3], v.shape[3]
-    per = 16 // v.element_size()
-    wide = -(-width // per) * per
-    # Several heads are read through one window onto v: a tile must not reach into the next head.
-    value_wide = power(value_width) if q.shape[2] != v.shape[2] or rate is not None else -(-value_width // per) * per
-    if wide != width:
-        q, k = (F.pad(x, (0, wide - width)) for x in (q, k))
-    if value_wide != value_width:
-        v = F.pad(v, (0, value_wide - value_width))
-    if initial_state is not None and (wide, value_wide) != (width, value_width):
-        initial_state = F.pad(initial_state, (0, value_wide - value_width, 0, wide - width))
-    output, final = run(q, k, v, gate, bias, rate, skip, starts, initial_state, reverse, recompute)
-    if (wide, value_wide) != (width, value_width):
-        output, final = output[..., :value_width], final[..., :width, :value_width]
-    return output, final

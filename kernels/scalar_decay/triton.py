@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seqlong.kernels.launch import bytes_of, eager, readable, single, strides, untraced
@@ -381,15 +382,28 @@ def run(
     reverse: bool,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output and final state, by the shortest way: the op where something traces, else the same functions plainly."""
+    """Output and final state of inputs of any width: padded to what kernels can read, and cut to the caller's again."""
+    width, value_width = q.shape[3], v.shape[3]
+    per = 16 // v.element_size()
+    wide = -(-width // per) * per
+    # Several heads are read through one window onto v: a tile must not reach into the next head.
+    value_wide = power(value_width) if q.shape[2] != v.shape[2] or rate is not None else -(-value_width // per) * per
+    if wide != width:
+        q, k = (F.pad(x, (0, wide - width)) for x in (q, k))
+    if value_wide != value_width:
+        v = F.pad(v, (0, value_wide - value_width))
+    if initial_state is not None and (wide, value_wide) != (width, value_width):
+        initial_state = F.pad(initial_state, (0, value_wide - value_width, 0, wide - width))
     inputs = (q, k, v, gate, bias, rate, skip, starts, initial_state)
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    plain = untraced(*inputs)
+    plain = untraced(*inputs)  # then by the shortest way: not the op, but the same functions
     if needed and recompute:
         from seqlong.kernels.scalar_decay.windows import eager_windows, scalar_decay_windows
 
         output, final, *_ = (eager_windows if plain else scalar_decay_windows)(*inputs, reverse)
-        return output, final
-    call = scalar_decay_triton if not plain else _eager if needed else _forward
-    output, final, *_ = call(*inputs, reverse, CHUNKS if needed else NOTHING)
+    else:
+        call = scalar_decay_triton if not plain else _eager if needed else _forward
+        output, final, *_ = call(*inputs, reverse, CHUNKS if needed else NOTHING)
+    if (wide, value_wide) != (width, value_width):
+        output, final = output[..., :value_width], final[..., :width, :value_width]
     return output, final

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -88,41 +87,11 @@ def vector_decay(
     obstacle = why_not_triton(q, v, gate, bonus) or PLANS.why_none(q, v)
     choice = choose_along_a_row("vector_decay", v, obstacle, implementation)
     if choice.implementation == "triton":
-        return _triton(q, k, v, gate, activation, divisor, lower_bound, starts, initial_state, reverse)
+        from seqlong.kernels.vector_decay.triton import run
+
+        return run(q, k, v, gate, activation, divisor, lower_bound, starts, initial_state, reverse)
     inputs = (q, k, v, gate, activation, divisor, lower_bound, bonus, starts, initial_state, reverse)
     if choice.implementation == "reference":
         return vector_decay_reference(*inputs)
     output, final, _ = vector_decay_chunked(*inputs)
-    return output, final
-
-
-def _triton(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    gate: Tensor,
-    activation: str,
-    divisor: float,
-    lower_bound: Tensor | None,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Call the Triton op on widths that it can read, and cut its results to the caller's."""
-    from seqlong.kernels.vector_decay.triton import run
-
-    width, value_width = q.shape[3], v.shape[3]
-    per = 16 // min(v.element_size(), gate.element_size())
-    more, value_more = -width % per, -value_width % per
-    if more:
-        q, gate = F.pad(q, (0, more)), F.pad(gate, (0, more))
-        k = None if k is None else F.pad(k, (0, more))
-        lower_bound = None if lower_bound is None else F.pad(lower_bound, (0, more))
-    if value_more:
-        v = F.pad(v, (0, value_more))
-    if initial_state is not None and (more or value_more):
-        initial_state = F.pad(initial_state, (0, value_more, 0, more))
-    output, final = run(q, k, v, gate, activation, divisor, lower_bound, starts, initial_state, reverse)
-    if more or value_more:
-        output, final = output[..., :value_width], final[..., :width, :value_width]
     return output, final

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seqlong.kernels.launch import bytes_of, eager, readable, single, strides, untraced
@@ -269,9 +270,23 @@ def run(
     initial_state: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output and final state, by the shortest way: the op where something traces, else the same functions plainly."""
+    """Output and final state of inputs of any width: padded to what kernels can read, and cut to the caller's again."""
+    width, value_width = q.shape[3], v.shape[3]
+    per = 16 // min(v.element_size(), gate.element_size())
+    more, value_more = -width % per, -value_width % per
+    if more:
+        q, gate = F.pad(q, (0, more)), F.pad(gate, (0, more))
+        k = None if k is None else F.pad(k, (0, more))
+        lower_bound = None if lower_bound is None else F.pad(lower_bound, (0, more))
+    if value_more:
+        v = F.pad(v, (0, value_more))
+    if initial_state is not None and (more or value_more):
+        initial_state = F.pad(initial_state, (0, value_more, 0, more))
     tensors = (q, k, v, gate, lower_bound, starts, initial_state)
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    call = vector_decay_triton if not untraced(*tensors) else _eager if needed else _forward
+    plain = untraced(*tensors)  # then by the shortest way: not the op, but the same functions
+    call = vector_decay_triton if not plain else _eager if needed else _forward
     output, final, *_ = call(q, k, v, gate, activation, divisor, lower_bound, starts, initial_state, reverse, needed)
+    if more or value_more:
+        output, final = output[..., :value_width], final[..., :width, :value_width]
     return output, final
