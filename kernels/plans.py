@@ -96,12 +96,16 @@ def power(width: int | torch.SymInt) -> int:
     return max(16, 1 << (int(width) - 1).bit_length())
 
 
+def processors(like: Tensor) -> int:
+    """Multiprocessors of a tensor's GPU; 2 where there is none, so that interpreted rows are cut too."""
+    return 2 if INTERPRETED or not like.is_cuda else _processors(like.device.index)
+
+
 def segments(like: Tensor, chunks: int, walks: int, programs_per_sm: int) -> tuple[int, int]:
     """How many segments a row is cut into, and chunks in each, for ``walks`` independent walks (rows, heads, tiles)."""
-    processors = 2 if INTERPRETED or not like.is_cuda else _processors(like.device.index)
-    if like.is_cuda and chunks <= SHORT and 4 * walks >= processors:
+    if like.is_cuda and chunks <= SHORT and 4 * walks >= processors(like):
         return 1, chunks
-    wanted = max(1, min(chunks, programs_per_sm * processors // walks))  # a program more would be one wave more
+    wanted = max(1, min(chunks, programs_per_sm * processors(like) // walks))  # one program more: one wave more
     each = -(-chunks // wanted)
     return -(-chunks // each), each
 

@@ -170,6 +170,18 @@ def _grouped_matmul(draw: Draw) -> Inputs:
     return Inputs({"x": draw.normal(rows, d), "weight": draw.normal(e, d, y, scale=d**-0.5)}, {"ends": cuts.int()})
 
 
+def _selective_scan(draw: Draw) -> Inputs:
+    (b, t), (n, d) = (draw.rows, draw.length), (draw.sizes[name] for name in ("n", "d"))
+    learned = {
+        "x": draw.normal(b, t, d),
+        "dt": torch.nn.functional.softplus(draw.normal(b, t, d, shift=-3.0, dtype=torch.float32)),
+        "a": -draw.normal(n, d, dtype=torch.float32).exp(),
+        "b": draw.normal(b, t, n),
+        "c": draw.normal(b, t, n),
+    }
+    return _packed(draw, Inputs(learned), b, n, d)
+
+
 def _short_conv(draw: Draw) -> Inputs:
     (b, t), (d, w) = (draw.rows, draw.length), (draw.sizes["d"], draw.sizes["w"])
     learned = {"x": draw.normal(b, t, d), "weight": draw.normal(d, w, scale=0.5), "bias": draw.normal(d)}
@@ -211,14 +223,32 @@ def _attention(draw: Draw) -> Inputs:
     (b, t), (g, h, k) = (draw.rows, draw.length), (draw.sizes[name] for name in ("g", "h", "k"))
     learned = {"q": draw.normal(b, t, h, k), "k": draw.normal(b, t, g, k), "v": draw.normal(b, t, g, k)}
     fixed: dict[str, Any] = {}
-    if draw.case == "window":
+    if draw.case in ("window", "sinks"):
         fixed["window"] = 1 + t // 5
+    if draw.case == "sinks":
+        fixed["sinks"] = 3
     if draw.case == "packed":
         starts = draw.starts()
         fixed["query_ids"] = fixed["key_ids"] = 1 + starts.cumsum(1)
         cuts = [[0, *row.nonzero()[:, 0].tolist(), t] for row in starts.cpu()]
         fixed["boundaries"] = [list(itertools.pairwise(row)) for row in cuts]
     return Inputs(learned, fixed)
+
+
+def _block_attention(draw: Draw) -> Inputs:
+    (b, t), (g, h, k) = (draw.rows, draw.length), (draw.sizes[name] for name in ("g", "h", "k"))
+    learned = {"q": draw.normal(b, t, h, k), "k": draw.normal(b, t, g, k), "v": draw.normal(b, t, g, k)}
+    own = torch.arange(t, device=draw.device)[:, None, None] // 16
+    chosen = draw.integers(0, 1 << 30, b, t, h, 2) % own.clamp(min=1)
+    chosen[..., 1] = torch.where(chosen[..., 1] == chosen[..., 0], -1, chosen[..., 1])
+    return Inputs(learned, {"chosen": chosen.where(own > 0, -1), "block": 16})
+
+
+def _summary_attention(draw: Draw) -> Inputs:
+    (b, t), (g, h, k) = (draw.rows, draw.length), (draw.sizes[name] for name in ("g", "h", "k"))
+    learned = {"q": draw.normal(b, t, h, k), "k": draw.normal(b, t // 8, g, k), "v": draw.normal(b, t // 8, g, k),
+               "own_k": draw.normal(b, t, g, k), "own_v": draw.normal(b, t, g, k)}  # fmt: skip
+    return Inputs(learned, {"every": 8})
 
 
 @dataclass(frozen=True)
@@ -275,6 +305,8 @@ PROBES = {
               {"g": 1, "h": 16, "k": 64, "v": 64}, ("plain", "packed", "delta")),
         Probe("grouped_matmul", "seqlong.kernels.grouped_matmul", _grouped_matmul, ("y",), {"e": 3, "d": 64, "y": 72},
               {"e": 64, "d": 1024, "y": 512}),
+        Probe("selective_scan", "seqlong.kernels.selective_scan", _selective_scan, ("y", "final"), {"n": 4, "d": 24},
+              {"n": 16, "d": 1024}, ("plain", "packed")),
         Probe("short_conv", "seqlong.kernels.short_conv", _short_conv, ("y", "state"), {"d": 72, "w": 4},
               {"d": 2304, "w": 4}, ("plain", "packed")),
         Probe("rms_norm", _NORM, _rms_norm, ("y",), {"d": 136}, {"d": 1024}),
@@ -283,7 +315,11 @@ PROBES = {
         Probe("linear_cross_entropy", "seqlong.kernels.cross_entropy", _linear_cross_entropy, ("loss",),
               {"d": 64, "y": 500}, {"d": 1024, "y": 32000}, ("plain", "z_loss")),
         Probe("attention", "seqlong.kernels.attention", _attention, ("o",), {"g": 1, "h": 2, "k": 64},
-              {"g": 2, "h": 8, "k": 64}, ("plain", "window", "packed"), yardstick="blocks"),
+              {"g": 2, "h": 8, "k": 64}, ("plain", "window", "packed", "sinks"), yardstick="blocks"),
+        Probe("block_attention", "seqlong.kernels.block_attention", _block_attention, ("o",),
+              {"g": 1, "h": 2, "k": 32}, {"g": 2, "h": 8, "k": 64}, yardstick="gathered"),
+        Probe("summary_attention", "seqlong.kernels.attention", _summary_attention, ("o",), {"g": 1, "h": 2, "k": 32},
+              {"g": 2, "h": 8, "k": 64}, yardstick="blocks"),
     )
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ a token: norms, activations, rotations, softmax.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ OPERATIONS = {
     "CosFormer2": (4, "write kᵀv 2, read qS 2 (kernels/scalar_decay, without its decay)"),
     "Based": (4, "write kᵀv 2, read qS 2 (kernels/scalar_decay, without its decay)"),
     "Hedgehog": (4, "write kᵀv 2, read qS 2 (kernels/scalar_decay, without its decay)"),
+    "Mamba1": (6, "dt A 1, decay 1, write 2, read 2 (kernels/selective_scan)"),
+    "S4D": (7, "decay 3, write 2, read 2, a complex number being two (kernels/selective_scan)"),
     "DeltaNet": (6, "recall kS 2, write 2, read qS 2 (kernels/delta_rule)"),
     "GatedDeltaNet": (7, "decay 1, recall kS 2, write 2, read qS 2 (kernels/delta_rule)"),
     "KDA": (7, "decay 1, recall kS 2, write 2, read qS 2 (kernels/delta_rule)"),
@@ -75,7 +78,8 @@ class Cost:
 def mixer_cost(mixer: Mixer, length: int, dtype: torch.dtype = torch.bfloat16) -> Cost:
     """What ``mixer`` costs in a row of ``length`` tokens.
 
-    A mixer that no formula here fits offers a method ``cost(length) -> Cost``, which is taken at its word.
+    A mixer that no formula here fits offers a method ``cost(length) -> Cost``, which is taken at its word; or
+    ``cost(length, dtype)``, where its state is kept in the type of activations.
 
     Args:
         mixer: on any device; nothing is computed.
@@ -84,7 +88,7 @@ def mixer_cost(mixer: Mixer, length: int, dtype: torch.dtype = torch.bfloat16) -
     """
     own = getattr(mixer, "cost", None)
     if callable(own):
-        cost = own(length)
+        cost = own(length, dtype) if "dtype" in inspect.signature(own).parameters else own(length)
         assert isinstance(cost, Cost)
         return cost
     if isinstance(mixer, Bidirectional):
@@ -162,7 +166,10 @@ def seen(length: int, window: int | None, causal: bool = True) -> float:
 
 def _attention(mixer: Attention, length: int, dtype: torch.dtype) -> Cost:
     width = mixer.heads * mixer.head_dim
-    scores = 4 * width * seen(length, mixer.window, mixer.causal)
+    far = max(0, length - (mixer.window or length))  # tokens that have some behind their window
+    sinks = sum(min(mixer.sinks, place) for place in range(1, min(far, mixer.sinks) + 1))
+    sinks += max(0, far - mixer.sinks) * mixer.sinks
+    scores = 4 * width * (seen(length, mixer.window, mixer.causal) + sinks / length)
     formula = "4 · heads · head_dim · tokens seen, for qkᵀ and the mean of v (arXiv 2204.02311, appendix B)"
     term = Term("attention", scores, formula, grows=mixer.window is None or length < mixer.window)
     each = 2 * mixer.kv_heads * mixer.head_dim * dtype.itemsize
@@ -171,7 +178,37 @@ def _attention(mixer: Attention, length: int, dtype: torch.dtype) -> Cost:
     if mixer.window is None:
         return Cost((*products(mixer), term), each * length, f"{each:,} B a token")
     kept = min(length, mixer.window - 1)
-    return Cost((*products(mixer), term), each * kept, f"{each:,} B a token, to {mixer.window - 1:,}")
+    state = each * (kept + mixer.sinks) + (8 if mixer.sinks else 0)
+    return Cost((*products(mixer), term), state, f"{each:,} B a token, to {mixer.window - 1 + mixer.sinks:,}")
+
+
+def cached(
+    mixer: Mixer,
+    flops: float,
+    formula: str,
+    each: int,
+    length: int,
+    window: int | None = None,
+    grows: bool | None = None,
+    others: tuple[Term, ...] = (),
+) -> Cost:
+    """The cost of a mixer with a cache of keys and values.
+
+    Args:
+        mixer: the linear layers of which are counted too.
+        flops: of a token, in its attention.
+        formula: how they were counted.
+        each: bytes of a token in the cache.
+        length: tokens of the row.
+        window: the cache keeps one token less than this; all if not given.
+        grows: whether a longer row takes more FLOPs; as with a full or sliding window if not given.
+        others: further terms.
+    """
+    if grows is None:
+        grows = window is None or length < window
+    kept = length if window is None else min(length, window - 1)
+    growth = f"{each:,} B a token" + ("" if window is None else f", to {window - 1:,}")
+    return Cost((*products(mixer), Term("attention", flops, formula, grows), *others), each * kept, growth)
 
 
 def buckets_in_use(length: int, buckets: int) -> float:

@@ -156,7 +156,10 @@ class SequenceLayout:
 
     @_once
     def reversed(self) -> SequenceLayout:
-        """The layout of the reversed rows: the same segments from right to left, positions counted from their ends."""
+        """The layout of the reversed rows: the same segments from right to left, positions counted from their ends; on
+        several axes, which have no end, the other way."""
         ids = None if self.segment_ids is None else self.reverse(self.segment_ids)
+        if self.positions.dim() == 3:
+            return SequenceLayout(ids, -self.reverse(self.positions))
         rows, length = self.shape
         return SequenceLayout.build(rows, length, ids, device=self.positions.device)

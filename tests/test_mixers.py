@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from seqlong.block import Block, run_block
+from seqlong.cost import _tensors
 from seqlong.ffn import SwiGLU
 from seqlong.layout import SequenceLayout
 from seqlong.mixers import (
@@ -28,20 +29,27 @@ from seqlong.mixers import (
     RGLRU,
     RWKV6,
     RWKV7,
+    S4D,
     Attention,
     Based,
     Bidirectional,
     CosFormer2,
     DeltaNet,
+    DifferentialAttention,
     GatedDeltaNet,
     Hedgehog,
     LightningAttention,
     LinearAttention,
     LogLinearGatedDeltaNet,
     LogLinearMamba2,
+    Mamba1,
     Mamba2,
     Mixer,
+    MoBA,
+    NativeSparseAttention,
+    Rat,
     RetNet,
+    Scout,
     SimpleGLA,
 )
 from seqlong.norms import RMSNorm
@@ -58,6 +66,18 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "attention_window_one": partial(Attention, heads=2, window=1),
     "attention_both_sides": partial(Attention, heads=4, causal=False),
     "attention_both_sides_window": partial(Attention, heads=4, kv_heads=2, causal=False, window=4, positions="none"),
+    "attention_sinks": partial(Attention, heads=4, kv_heads=2, window=4, sinks=3),
+    "attention_sinks_one": partial(Attention, heads=2, window=1, sinks=1, positions="none"),
+    "attention_gated": partial(Attention, heads=2, gate=True, qk_norm=True, partial_rotary=0.5, rope_scale=4.0),
+    "attention_axes": partial(Attention, heads=2, rope_axes=[2, 4]),
+    "differential": partial(DifferentialAttention, heads=4, kv_heads=2),
+    "differential_window": partial(DifferentialAttention, heads=2, head_dim=3, window=5, positions="none"),
+    "moba": partial(MoBA, heads=4, kv_heads=2, block=4, chosen=3),
+    "native_sparse": partial(NativeSparseAttention, heads=4, kv_heads=2, block=4, chosen=2, window=3),
+    "rat": partial(Rat, heads=2, chunk=4),
+    "rat_one": partial(Rat, heads=4, chunk=1, positions="none"),
+    "scout": partial(Scout, mixer=partial(Mamba2, d_state=6, head_dim=8), heads=4, kv_heads=2, every=4),
+    "scout_window": partial(Scout, mixer=partial(Attention, heads=2, window=3), heads=2, every=3, positions="none"),
     "gla": partial(GLA, heads=2),
     "gla_conv": partial(GLA, heads=2, expand_k=1.0, conv_width=3, gate="none"),
     "hgrn2": partial(HGRN2, heads=2, expand_k=0.5),
@@ -67,6 +87,7 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "lightning": partial(LightningAttention, heads=2),
     "lightning_low_rank": partial(LightningAttention, heads=3, head_dim=6, gate_rank=4),
     "cosformer2": partial(CosFormer2, heads=2),
+    "cosformer2_axes": partial(CosFormer2, heads=2, axes=[2, 6]),
     "simple_gla": partial(SimpleGLA, heads=2, expand_v=2.0),
     "deltanet": partial(DeltaNet, heads=2),
     "deltanet_negative": partial(DeltaNet, heads=4, expand_v=2.0, negative_eigenvalues=True, gate="silu"),
@@ -83,10 +104,15 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "mlstm": partial(MLSTM, heads=2, input_bias=0.0),
     "mlstm_sigmoid": partial(MLSTM, heads=2, expand_k=1.0, input_gate="sigmoid"),
     "rglru": partial(RGLRU, width=12, heads=2),
+    "mamba1": partial(Mamba1, d_state=4, dt_rank=3),
+    "mamba1_norms": partial(Mamba1, d_state=3, expand=1, conv_width=3, conv_bias=False, inner_norm=True),
+    "s4d": partial(S4D, d_state=6),
     "mamba2_both_sides": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8)),
     "mamba2_both_sides_tied": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8), tied=True),
 }
 CAUSAL = [name for name, make in MIXERS.items() if make(WIDTH).causal]
+#: Two blocks that score nearly the same may change places where numbers are rounded.
+CHOOSING = ("moba", "native_sparse")
 LENGTHS = [1, 2, 3, 17, 67]
 
 
@@ -297,7 +323,8 @@ def test_bfloat16_stays_near_float64(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = exact.float()(hidden.float(), plain(33))[0].double()
     error = ((found - expected).norm() / expected.norm()).item()
-    assert 0 < error < 2e-2, f"relative error {error:.1e} under bfloat16 autocast"
+    limit = 0.2 if name in CHOOSING else 2e-2
+    assert 0 < error < limit, f"relative error {error:.1e} under bfloat16 autocast"
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -308,9 +335,8 @@ def test_no_state_in_none_out_and_zero_length_windows(name: str) -> None:
     _, state = mixer(rows(5), plain(5), state)
     output, after = mixer(rows(5)[:, :0], plain(5).slice(5, 5), state)
     assert output.shape == (2, 0, WIDTH)
-    for name_, value in vars(state).items():
-        if value is not None:
-            close(getattr(after, name_).double(), value.double())
+    for mine, before in zip(_tensors(after), _tensors(state), strict=True):
+        close(mine.double(), before.double())
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -416,80 +442,3 @@ def test_depth_sets_decays() -> None:
         bounds.append(torch.sigmoid(mixer.bound).mean().item() if mixer.bounded else 0.0)
         assert mixer(torch.randn(1, 5, WIDTH), plain(5, 1))[0].isfinite().all()
     assert bounds == pytest.approx([0, 0.25, 0.5, 0.75])
-
-
-@pytest.mark.parametrize("name", ["log_linear_mamba2", "log_linear_gated_deltanet"])
-def test_levels_of_weight_one_are_the_mixer_without_levels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mixer = make(name)
-    assert isinstance(mixer, LogLinearMamba2 | LogLinearGatedDeltaNet)
-    if isinstance(mixer, LogLinearMamba2):
-        other: Mixer = Mamba2(WIDTH, d_state=6, head_dim=8, groups=2).double()
-    else:
-        other = GatedDeltaNet(WIDTH, heads=2, head_dim=6, groups=1).double()
-    other.load_state_dict({name: value for name, value in mixer.state_dict().items() if "levels." not in name})
-    layout, hidden = packed()[0], rows(23, 3)
-    real = (layout.segment_ids > 0)[..., None]
-    assert not torch.allclose(mixer(hidden, layout)[0], other(hidden, layout)[0])
-    shape = mixer.levels.scale.shape
-    monkeypatch.setattr(mixer.levels, "forward", lambda x: torch.ones(*x.shape[:2], *shape, dtype=x.dtype))
-    close(mixer(hidden, layout)[0].where(real, 0), other(hidden, layout)[0].where(real, 0))
-
-
-def test_normalised_linear_attention_is_a_weighted_mean() -> None:
-    """By all pairs: BASED's weights are exp's Taylor series, Hedgehog's are sums of products of softmaxes."""
-    for name in ("based", "hedgehog"):
-        mixer, hidden = make(name), rows(11)
-        assert isinstance(mixer, Based | Hedgehog)
-        q, k, v = mixer.qkv_proj(hidden).split(list(mixer.widths), dim=-1)
-        q, k, v = (x.unflatten(2, (2, -1)).transpose(1, 2) for x in (q, k, v))
-        if isinstance(mixer, Based):
-            scores = q @ k.mT / 4**0.5
-            weights = 1 + scores + scores.square() / 2
-        else:
-            maps = zip((q, k), (mixer.query_map, mixer.key_map), strict=True)
-            fq, fk = (torch.cat([x @ w.mT, -x @ w.mT], dim=-1).softmax(-1) for x, w in maps)
-            weights = fq @ fk.mT
-        weights = weights.tril()
-        expected = (weights / weights.sum(-1, keepdim=True)) @ v
-        close(mixer(hidden, plain(11))[0], mixer.out_proj(expected.transpose(1, 2).flatten(2)))
-
-
-def test_exponential_gates_are_as_without_a_stabiliser_and_do_not_overflow() -> None:
-    mixer, hidden = make("mlstm"), rows(19)
-    assert isinstance(mixer, MLSTM)
-    q, k, v = mixer.qkv_proj(hidden).split(list(mixer.widths), dim=-1)
-    q, k, v = (x.unflatten(2, (2, -1)).transpose(1, 2) for x in (q, k, v))
-    forget, write = mixer.gates_proj(hidden).transpose(1, 2).chunk(2, dim=1)
-    faded = torch.nn.functional.logsigmoid(forget).cumsum(-1)
-    weights = (q @ k.mT / 4**0.5 * (faded[..., None] - faded[..., None, :] + write[..., None, :]).exp()).tril()
-    divisor = weights.sum(-1, keepdim=True).abs()
-    assert divisor.min() < 1 < divisor.max()
-    output = mixer.finish((weights @ v / divisor.clamp(min=1)).transpose(1, 2), hidden)
-    close(mixer(hidden, plain(19))[0], mixer.out_proj(output.flatten(2)))
-    mixer.gates_proj.weight.data *= 1e4
-    found = mixer.float()(hidden.float().requires_grad_(), plain(19))[0]
-    found.sum().backward()
-    gradients = [parameter.grad for parameter in mixer.parameters()]
-    assert found.isfinite().all() and all(x is not None and x.isfinite().all() for x in gradients)
-
-
-def test_rglru_is_its_recurrence_a_token_at_a_time() -> None:
-    mixer, hidden = make("rglru"), rows(150)
-    assert isinstance(mixer, RGLRU)
-    hidden.requires_grad_()
-    found = mixer(hidden, plain(150))[0]
-    x = mixer.conv1d(torch.nn.functional.pad(mixer.in_proj(hidden).mT, (3, 0))).mT
-    blocks = [torch.block_diag(*weight) for weight in mixer.gates_weight]
-    recurrent, taken = (torch.sigmoid(x @ w + b) for w, b in zip(blocks, mixer.gates_bias, strict=True))
-    decay = torch.exp(-8 * torch.nn.functional.softplus(mixer.rate) * recurrent)
-    steps, h = [], taken[:, 0] * x[:, 0]
-    for t in range(150):
-        h = h if t == 0 else decay[:, t] * h + (1 - decay[:, t] ** 2).sqrt() * taken[:, t] * x[:, t]
-        steps.append(h)
-    gate = torch.nn.functional.gelu(mixer.gate_proj(hidden), approximate="tanh")
-    expected = mixer.out_proj(torch.stack(steps, dim=1) * gate)
-    close(found, expected)
-    target, wanted = torch.randn_like(found), [hidden, *mixer.parameters()]
-    pairs = (torch.autograd.grad((y * target).sum(), wanted, retain_graph=True) for y in (found, expected))
-    for mine, theirs in zip(*pairs, strict=True):
-        close(mine, theirs, 1e-9)

@@ -28,7 +28,7 @@ from seqlong.kernels.probes import PROBES
 from seqlong.kernels.scalar_decay.reference import scalar_decay_reference
 from seqlong.kernels.vector_decay.reference import vector_decay_reference
 from seqlong.layout import SequenceLayout
-from seqlong.mixers import Attention, Bidirectional, Mamba2, Mixer
+from seqlong.mixers import Attention, Bidirectional, Mamba2, Mixer, MoBA, NativeSparseAttention
 from seqlong.show import repeated, show
 from seqlong.words import PEERS, vocabulary
 
@@ -44,8 +44,12 @@ VARIANTS: dict[str, Any] = {
     **MIXERS,
     "window": lambda d: Attention(d, heads=4, kv_heads=2, window=9),
     "short window": lambda d: Attention(d, heads=4, window=99),
+    "gate, norms and sinks": lambda d: Attention(d, heads=4, window=9, gate=True, qk_norm=True, sinks=3),
     "grouped Mamba2": lambda d: Mamba2(d, d_state=16, head_dim=16, groups=2),
 }
+#: Mixers, as they come, that do more for a token the longer the row is.
+GROWING = ("Attention", "DifferentialAttention", "Rat", "Scout")
+GROWING_SLOWLY = ("MoBA", "NativeSparseAttention")
 
 
 # --- costs -----------------------------------------------------------------------------------------------------------
@@ -58,7 +62,8 @@ def test_matrix_products_are_those_that_torch_counts(name: str) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         mixer(hidden, SequenceLayout.build(1, 24))
     counted = counter.get_flop_counts()["Global"]
-    linear = sum(n for op, n in counted.items() if str(op) in ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm"))
+    batched = () if name in ("MoBA", "NativeSparseAttention") else ("aten.bmm", "aten.baddbmm")  # of scores, there
+    linear = sum(n for op, n in counted.items() if str(op) in ("aten.mm", "aten.addmm", *batched))
     (term,) = [term for term in products(mixer) if term.what == "products"]
     assert linear == 24 * term.flops
 
@@ -76,6 +81,30 @@ def test_tokens_seen(window: int | None, causal: bool) -> None:
     length, reach = 24, 24 if window is None else window
     pairs = sum(abs(i - j) < reach and (j <= i or not causal) for i in range(length) for j in range(length))
     assert seen(length, window, causal) == pytest.approx(pairs / length)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(1, 1), (7, 3), (3, 9), (20, 9), (24, 2)])
+def test_sinks_beyond_the_window_are_counted(window: int, sinks: int) -> None:
+    mixer = Attention(WIDTH, heads=4, window=window, sinks=sinks)
+    (term,) = [term for term in mixer_cost(mixer, 24).terms if term.what == "attention"]
+    pairs = sum(j <= i and (i - j < window or j < sinks) for i in range(24) for j in range(24))
+    assert term.flops == pytest.approx(4 * WIDTH * pairs / 24)
+
+
+@pytest.mark.parametrize("length", [1, 4, 23, 40])
+def test_blocks_seen_are_counted(length: int) -> None:
+    for chosen in (1, 3, 99):
+        mixer = MoBA(WIDTH, heads=4, block=4, chosen=chosen)
+        own = [token // 4 for token in range(length)]
+        tokens = sum(token % 4 + 1 + 4 * min(chosen - 1, own[token]) for token in range(length))
+        costs = {term.what: term.flops for term in mixer_cost(mixer, length).terms}
+        assert costs["attention"] == pytest.approx(4 * WIDTH * tokens / length)
+        assert costs["choice"] == pytest.approx(2 * WIDTH * sum(own) / length)
+        nsa = NativeSparseAttention(WIDTH, heads=16, block=4, chosen=chosen, window=7)
+        costs = {term.what: term.flops for term in mixer_cost(nsa, length).terms}
+        local = sum(min(token + 1, 7) for token in range(length))
+        assert costs["attention"] == pytest.approx(4 * WIDTH * (tokens + local) / length)
+        assert costs["choice"] == pytest.approx(6 * WIDTH * sum((token + 1) // 4 for token in range(length)) / length)
 
 
 @pytest.mark.parametrize("name", ["SwiGLU", "GELU"])
@@ -151,8 +180,8 @@ def test_only_full_attention_grows() -> None:
         with torch.device("meta"):
             mixer = build(WIDTH)
         short, long = (mixer_cost(mixer, length) for length in (1 << 16, 1 << 17))
-        assert (long.flops > 1.5 * short.flops) == (name == "Attention"), name
-        assert any(term.grows for term in long.terms) == (name == "Attention"), name
+        assert (long.flops > 1.5 * short.flops) == (name in GROWING), name
+        assert any(term.grows for term in long.terms) == (name in (*GROWING, *GROWING_SLOWLY)), name
 
 
 @pytest.mark.parametrize("buckets", [1, 2, 4, 9])

@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from seqlong.kernels.attention.reference import attention_reference
+from seqlong.kernels.attention.reference import attention_reference, first_of_segments, run_starts
 from seqlong.kernels.dispatch import choose
 
 OFFERED = {
@@ -40,14 +40,17 @@ Boundaries = list[list[tuple[int, int]]]
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
     """(b t h k) in, (b t h v) out."""
-    grouped = k.shape[2] != q.shape[2]
+    grouped, width, wide = k.shape[2] != q.shape[2], q.shape[3], v.shape[3]
+    if width != wide:  # fused kernels that take two widths are few; without one all scores would be stored
+        q, k, v = (F.pad(x, (0, max(width, wide) - x.shape[3])) for x in (q, k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    options = {"attn_mask": mask, "is_causal": causal, "enable_gqa": grouped, "scale": width**-0.5}
     if not q.is_cuda:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, **options)
     else:
         with sdpa_kernel(_BACKENDS, set_priority=True):
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-    return out.transpose(1, 2)
+            out = F.scaled_dot_product_attention(q, k, v, **options)
+    return out.transpose(1, 2)[..., :wide]
 
 
 def _block_mask(
@@ -60,15 +63,15 @@ def _block_mask(
     key_ids: Tensor | None,
     slopes: Tensor | None,
     like: Tensor,
+    always: Tensor | None = None,
 ) -> Tensor:
     """What the queries ``rows`` see of the keys ``columns``, as (b h i j): bool, or a float bias with slopes."""
     i = torch.arange(rows.start, rows.stop, device=like.device)[:, None] + offset
     j = torch.arange(columns.start, columns.stop, device=like.device)
     distance = i - j
     seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    if window is not None:
-        seen = seen & (distance.abs() < window)
-    seen = seen[None, None]
+    near = seen if window is None else seen & (distance.abs() < window)
+    seen = near[None, None] if always is None else near[None, None] | (seen & always[:, None, None, columns])
     if query_ids is not None and key_ids is not None:
         same = query_ids[:, rows, None] == key_ids[:, None, columns]
         # A padded query would see nothing, whose softmax is NaN: let it see itself. Nobody reads it.
@@ -89,6 +92,49 @@ def _range(pieces: tuple[Tensor, ...], left: int, right: int) -> Tensor:
     return joined[:, left - first * BLOCK : right - first * BLOCK]
 
 
+class _Sinks:
+    """Columns far behind a block of queries that it sees none the less: at most a few a row, the sinks of the segment
+    that reaches into the block's window (of later segments they are in the window)."""
+
+    def __init__(self, sinks: int, always: Tensor | None, ids: Tensor | None, left: Tensor, k: Tensor, v: Tensor):
+        self.sinks, self.ids = sinks, ids
+        if ids is None:
+            self.few = (k[:, :sinks], v[:, :sinks])
+            return
+        rows, keys = ids.shape
+        first = torch.arange(sinks, device=k.device)
+        at = run_starts(ids)[:, left, None] + first  # (b blocks sinks)
+        near = torch.zeros_like(at, dtype=torch.bool) if always is None else at < sinks  # those are in ``carried``
+        if always is not None:  # sinks from the cache stand before all others
+            carried = first.expand(rows, len(left), sinks)
+            at, near = torch.cat([carried, at], dim=2), torch.cat([torch.zeros_like(near), near], dim=2)
+        else:
+            always = first_of_segments(sinks, rows, keys, ids, k.device)
+        at = at.clamp(max=keys - 1)
+        flat = at.flatten(1)
+        self.there = always.gather(1, flat).view_as(at) & (at < left[:, None]) & ~near
+        self.found = ids.gather(1, flat).view_as(at)
+        index = flat[..., None, None]
+        pick = (x.gather(1, index.expand(-1, -1, *x.shape[2:])) for x in (k, v))  # at once: one gradient, not one each
+        self.keys, self.values = (x.split(at.shape[2], dim=1) for x in pick)
+
+    def of(self, block: int, left: int) -> tuple[Tensor, Tensor]:
+        """Keys and values for a block of queries."""
+        if self.ids is None:
+            few = min(self.sinks, left)
+            return self.few[0][:, :few], self.few[1][:, :few]
+        return self.keys[block], self.values[block]
+
+    def seen(self, block: int, left: int, query_ids: Tensor | None, here: slice, mask: Tensor) -> Tensor:
+        """``mask`` with the columns of ``of`` before it."""
+        if self.ids is None or query_ids is None:
+            ahead = mask.new_ones(*mask.shape[:3], min(self.sinks, left))
+        else:
+            same = query_ids[:, here, None] == self.found[:, block, None]
+            ahead = (same & self.there[:, block, None])[:, None]
+        return torch.cat([ahead, mask], dim=3)
+
+
 def _by_blocks(
     q: Tensor,
     k: Tensor,
@@ -98,29 +144,44 @@ def _by_blocks(
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     slopes: Tensor | None,
+    sinks: int = 0,
+    always: Tensor | None = None,
 ) -> Tensor:
     length, keys = q.shape[1], k.shape[1]
     offset = keys - length
     plain = query_ids is None and slopes is None and window is not None
+    lefts = [0 if window is None else max(0, offset + start - window + 1) for start in range(0, length, BLOCK)]
+    far = None
+    if sinks and lefts and window is not None:
+        begins = torch.arange(len(lefts), device=k.device) * BLOCK + (offset - window + 1)  # ``lefts`` on the device
+        far = _Sinks(sinks, always, key_ids, begins.clamp(min=0), k, v)
+    if far is not None and always is None:
+        always = first_of_segments(sinks, q.shape[0] if key_ids is not None else 1, keys, key_ids, q.device)
     masks: dict[tuple[int, int, int], Tensor] = {}
     outputs = []
     # Pieces by split, whose backward joins the gradients once; that of a slice is as long as the whole row, each time.
     queries, pieces = q.split(BLOCK, dim=1), (k.split(BLOCK, dim=1), v.split(BLOCK, dim=1))
-    for qb, start in zip(queries, range(0, length, BLOCK), strict=False):
+    for block, (qb, left) in enumerate(zip(queries, lefts, strict=False)):
+        start = block * BLOCK
         stop = min(start + BLOCK, length)
-        left = 0 if window is None else max(0, offset + start - window + 1)
         right = offset + stop if causal else keys if window is None else min(keys, offset + stop + window - 1)
         here, there = slice(start, stop), slice(left, right)
 
-        def masked(qb: Tensor, kb: Tensor, vb: Tensor, here: slice = here, there: slice = there) -> Tensor:
-            mask = _block_mask(here, there, offset, causal, window, query_ids, key_ids, slopes, qb)
+        def masked(qb: Tensor, kb: Tensor, vb: Tensor, block: int = block, there: slice = there) -> Tensor:
+            here = slice(block * BLOCK, block * BLOCK + qb.shape[1])
+            mask = _block_mask(here, there, offset, causal, window, query_ids, key_ids, slopes, qb, always)
+            if far is not None:
+                mask = far.seen(block, there.start, query_ids, here, mask)
             return _fused(qb, kb, vb, causal=False, mask=mask)
 
         kb, vb = (_range(parts, left, right) for parts in pieces)
+        if far is not None:
+            kb, vb = (torch.cat(pair, dim=1) for pair in zip(far.of(block, left), (kb, vb), strict=True))
         if plain:  # the same few masks serve every block, so they may be kept
-            key = (stop - start, right - left, offset + start - left)
+            key = (stop - start, kb.shape[1], offset + start - left)
             if key not in masks:
-                masks[key] = _block_mask(here, there, offset, causal, window, None, None, None, q)
+                mask = _block_mask(here, there, offset, causal, window, None, None, None, q, always)
+                masks[key] = mask if far is None else far.seen(block, left, None, here, mask)
             outputs.append(_fused(qb, kb, vb, causal=False, mask=masks[key]))
         elif torch.is_grad_enabled():
             outputs.append(checkpoint(masked, qb, kb, vb, use_reentrant=False, preserve_rng_state=False))
@@ -130,7 +191,14 @@ def _by_blocks(
 
 
 def _by_segments(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, slopes: Tensor | None, boundaries: Boundaries
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: int | None,
+    slopes: Tensor | None,
+    boundaries: Boundaries,
+    sinks: int = 0,
 ) -> Tensor:
     outputs = []
     for row, segments in enumerate(boundaries):
@@ -142,7 +210,7 @@ def _by_segments(
             if slopes is None and (window is None or window >= size):
                 parts.append(_fused(qs, ks, vs, causal=causal))
             else:
-                parts.append(_by_blocks(qs, ks, vs, causal, window, None, None, slopes))
+                parts.append(_by_blocks(qs, ks, vs, causal, window, None, None, slopes, sinks))
         parts.append(v.new_zeros(1, padding, q.shape[2], v.shape[3]))
         outputs.append(torch.cat(parts, dim=1))
     return torch.cat(outputs)
@@ -194,6 +262,8 @@ def attention(
     key_ids: Int[Tensor, "b s"] | None = None,
     slopes: Float[Tensor, "h"] | None = None,
     boundaries: Boundaries | None = None,
+    sinks: int = 0,
+    always: Bool[Tensor, "b s"] | None = None,
     implementation: str | None = None,
 ) -> Float[Tensor, "b t h v"]:
     """``o_i = Σ_j softmax_j(q_i·k_j / √k - slope |i - j|) v_j`` over the keys that query i may see.
@@ -209,28 +279,38 @@ def attention(
         slopes: ALiBi's, one a head (arXiv 2108.12409).
         boundaries: the ``(start, stop)`` of each row's segments, for ids without a cache: rows are then run segment
             by segment.
+        sinks: how many of the first keys of every run of one id a query sees beyond its window (arXiv 2309.17453);
+            needs a window, ``causal`` and no slopes.
+        always: ``(b s)`` which keys those are, where a cache does not begin with its segment: its first ``sinks``
+            columns hold the cached ones, the others are found among the new keys.
         implementation: one of the names in ``OFFERED``; None lets dispatch choose.
 
     Returns:
         The mixed values, in v's type. Time O(t s), or O(t window); memory O(t).
+
+    Raises:
+        ValueError: sinks with what they do not go with.
     """
+    if sinks and (window is None or not causal or slopes is not None):
+        raise ValueError("sinks are kept beyond a window, before a token: they need window, causal=True and no slopes")
     cached = k.shape[1] != q.shape[1]
     flash = _varlen_options(q, causal, window)
     possible = ["blocks", "reference"]  # these do everything; what else can serve depends on what is asked
     if boundaries is not None and not cached:
         possible.insert(0, "segments")
-    if slopes is None and flash is not None and not cached and (query_ids is None or boundaries is not None):
+    even = slopes is None and not sinks and q.shape[3] == v.shape[3]
+    if even and flash is not None and not cached and (query_ids is None or boundaries is not None):
         possible.insert(0, "varlen")
     if query_ids is None and window is None and slopes is None and (not cached or not causal or q.shape[1] == 1):
         possible.insert(0, "sdpa")
     offered = {name: OFFERED[name] for name in possible}
     choice = choose("attention", offered, possible[0], implementation).implementation
     if choice == "reference":
-        return attention_reference(q, k, v, causal, window, query_ids, key_ids, slopes)
+        return attention_reference(q, k, v, causal, window, query_ids, key_ids, slopes, sinks, always)
     if choice == "sdpa":
         return _fused(q, k, v, causal=causal and not cached)
     if choice == "varlen" and flash is not None and any(boundaries or [[(0, 1)]]):
         return _by_varlen(q, k, v, flash, boundaries or [[(0, q.shape[1])]] * q.shape[0])
     if choice == "segments" and boundaries is not None:
-        return _by_segments(q, k, v, causal, window, slopes, boundaries)
-    return _by_blocks(q, k, v, causal, window, query_ids, key_ids, slopes)
+        return _by_segments(q, k, v, causal, window, slopes, boundaries, sinks)
+    return _by_blocks(q, k, v, causal, window, query_ids, key_ids, slopes, sinks, always)

@@ -1,9 +1,10 @@
 """delta_rule in Triton: the op, its gradient, and the launches of both; triton_by_channel.py has those of KDA alone.
 
-Forward: ``prepare`` inverts every chunk at once; a ``walk`` of all segments from zero, together with what each segment
-does to a state (columns of the identity walk along), and ``scan`` find the states that enter the segments, so that one
-long row fills the GPU like a batch; a second ``walk`` makes the output. Rows that fill the GPU by themselves are one
-segment each and need neither of the middle two. The gradient walks the same way back, with the same transitions.
+Forward: ``products`` and ``invert`` prepare every chunk at once; a ``walk`` of all segments from zero, together with
+what each segment does to a state (columns of the identity walk along), and ``scan`` find the states that enter the
+segments, so that one long row fills the GPU like a batch; a second ``walk`` makes the output. Rows that fill the GPU by
+themselves are one segment each and need neither of the middle two. The gradient walks the same way back, with the same
+transitions.
 """
 
 from __future__ import annotations
@@ -11,11 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqlong.kernels.delta_rule import triton_backward, triton_by_channel, triton_forward
+from seqlong.kernels.delta_rule import triton_backward, triton_by_channel, triton_forward, triton_inverse
 from seqlong.kernels.delta_rule.plan import CHUNK
 from seqlong.kernels.delta_rule.triton_launch import (
-    LOG2E,
-    RESET,
     Prepared,
     Sizes,
     by_head,
@@ -24,8 +23,13 @@ from seqlong.kernels.delta_rule.triton_launch import (
     sizes,
     strides,
 )
+from seqlong.kernels.plans import processors
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import use_allocator
+
+LOG2E = 1.4426950408889634
+#: log2 of a decay that is zero in float32; no decay is below it, so that sums over a chunk keep their digits.
+RESET = -160.0
 
 
 def _prepare(q: Tensor, k: Tensor, weight: Tensor, log_decay: Tensor | None, normalize: bool, z: Sizes) -> Prepared:
@@ -35,10 +39,12 @@ def _prepare(q: Tensor, k: Tensor, weight: Tensor, log_decay: Tensor | None, nor
     g = w if log_decay is None else by_head((log_decay.float() * LOG2E).clamp_(min=RESET), z)
     total, rq, rk = (torch.empty_like(w) for _ in range(3))
     inverse, scores = (q.new_empty(z.B, z.H, z.NC, CHUNK, CHUNK) for _ in range(2))
-    triton_forward.prepare[z.chunks](
-        q, k, w, g, total, rq, rk, inverse, scores, z.T, z.H, z.R, z.NC, *strides(q), *strides(k), K=z.K, KB=z.KB,
+    erase = torch.empty_like(inverse, dtype=torch.float32)  # what is inverted keeps its digits
+    triton_forward.products[z.chunks](
+        q, k, g, total, rq, rk, scores, erase, z.T, z.H, z.R, z.NC, *strides(q), *strides(k), K=z.K, KB=z.KB,
         NORM=normalize, GATED=log_decay is not None, num_warps=z.plan.prepare,
     )  # fmt: skip
+    triton_inverse.invert[z.chunks](w, erase, inverse, num_warps=1)
     return Prepared(q, k, k, w, total, rq, rk, inverse, scores, None)
 
 
@@ -50,22 +56,17 @@ def _scan(states: Tensor, moves: Tensor, edge: Tensor | None, z: Sizes, adjoint:
     )  # fmt: skip
 
 
-def _walk_segments(v: Tensor, ready: Prepared, states: Tensor | None, z: Sizes) -> Tensor:
-    """What every segment does to a state; with room for them also the states that segments make from zero."""
-    moves = ready.total.new_empty(z.B * z.H, z.NS, z.KB, z.KB)
-    tiles = (z.KB if states is None else z.KB + z.VB) // z.BV
-    triton_forward.walk[(z.H * tiles * z.NS * z.B,)](
-        *ready.read_by(v), moves if states is None else states, v, v, v, moves, moves, *ready.numbers(v, z), **z.tile,
-        ENTRY=0, SEGMENT=2 if states is None else 1, KEEP=False, CHANNEL=ready.channel, **z.plan.launch("states"),
-    )  # fmt: skip
-    return moves
+def _moves(v: Tensor, z: Sizes) -> Tensor:
+    """Room for what every segment does to a state (b h s k k). No segment is made that it would not hold, so that its
+    size depends on the GPU and on heads, not on the length."""
+    return v.new_empty(z.plan.programs_per_sm * processors(v) // (z.VB // z.BV), z.KB, z.KB, dtype=torch.float32)
 
 
 @torch.library.custom_op(
     "seqlong::delta_rule_triton",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor? log_decay, Tensor? initial_state, bool normalize, "
-    "bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @as_written
 def delta_rule_triton(
@@ -77,30 +78,35 @@ def delta_rule_triton(
     initial_state: Tensor | None,
     normalize: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output (b t h v), final state (b h k v), and for the backward pass Ṽ and the states before chunks."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output (b t h v), final state (b h k v); for the backward pass Ṽ, the states before chunks, moves of segments."""
     use_allocator()
     q, k, v = readable(q), readable(k), readable(v)
     z = sizes(q, v)
     ready = _prepare(q, k, weight, log_decay, normalize, z)
     edge = None if initial_state is None else initial_state.float().contiguous()
     output, final = v.new_empty(z.B, z.T, z.H, z.V), ready.total.new_empty(z.B, z.H, z.K, z.V)
-    fresh, kept = _kept(v, z, keep)
+    fresh, kept, moves = _kept(v, z, keep)
     entry, how = (final, 0) if edge is None else (edge, 2)
     if z.NS > 1:
         entry, how = ready.total.new_empty(z.B * z.H, z.NS, z.VB, z.KB), 1
-        _scan(entry, _walk_segments(v, ready, entry, z), edge, z, adjoint=False)
+        moves = moves if keep else _moves(v, z)
+        triton_forward.walk[(z.H * ((z.KB + z.VB) // z.BV) * z.NS * z.B,)](
+            *ready.read_by(v), entry, v, v, v, moves, moves, *ready.numbers(v, z), **z.tile, ENTRY=0, SEGMENT=True,
+            KEEP=False, CHANNEL=ready.channel, **z.plan.launch("states"),
+        )  # fmt: skip
+        _scan(entry, moves, edge, z, adjoint=False)
     triton_forward.walk[z.walks](
         *ready.read_by(v), entry, output, fresh, kept, final, final, *ready.numbers(v, z), **z.tile, ENTRY=how,
-        SEGMENT=0, KEEP=keep, CHANNEL=ready.channel, **z.plan.launch("forward"),
+        SEGMENT=False, KEEP=keep, CHANNEL=ready.channel, **z.plan.launch("forward"),
     )  # fmt: skip
-    return output, final, fresh, kept
+    return output, final, fresh, kept, moves if keep else v.new_empty(0, dtype=torch.float32)
 
 
-def _kept(v: Tensor, z: Sizes, keep: bool) -> tuple[Tensor, Tensor]:
+def _kept(v: Tensor, z: Sizes, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     if not keep:
-        return v.new_empty(0), v.new_empty(0)
-    return v.new_empty(z.B, z.T, z.H, z.V), v.new_empty(z.B, z.NC, z.H, z.VB, z.KB)
+        return v.new_empty(0), v.new_empty(0), v.new_empty(0, dtype=torch.float32)
+    return v.new_empty(z.B, z.T, z.H, z.V), v.new_empty(z.B, z.NC, z.H, z.VB, z.KB), _moves(v, z)
 
 
 @delta_rule_triton.register_fake
@@ -114,7 +120,7 @@ def _(q, k, v, weight, log_decay, initial_state, normalize, keep):  # type: igno
     "seqlong::delta_rule_triton_backward",
     mutates_args=(),
     schema="(Tensor grad_output, Tensor? grad_final, Tensor q, Tensor k, Tensor v, Tensor weight, Tensor? log_decay, "
-    "Tensor fresh, Tensor kept, bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor fresh, Tensor kept, Tensor moves, bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @as_written
 def delta_rule_triton_backward(
@@ -127,6 +133,7 @@ def delta_rule_triton_backward(
     log_decay: Tensor | None,
     fresh: Tensor,
     kept: Tensor,
+    moves: Tensor,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, weight (b t h), log_decay (empty if there is none) and the initial state."""
@@ -142,7 +149,6 @@ def delta_rule_triton_backward(
     common = {**z.tile, "CHANNEL": ready.channel}
     if z.NS > 1:
         entry, how = total.new_empty(z.B * z.H, z.NS, z.VB, z.KB), 1
-        moves = _walk_segments(v, ready, None, z)
         triton_backward.adjoint[z.walks](
             *ready.read_by(go), entry, dv, dkept, dinitial, *ready.numbers(go, z), **common, ENTRY=0, SEGMENT=True,
             **z.plan.launch("states"),
@@ -173,7 +179,7 @@ def delta_rule_triton_backward(
 
 
 @delta_rule_triton_backward.register_fake
-def _(grad_output, grad_final, q, k, v, weight, log_decay, fresh, kept, normalize):  # type: ignore[no-untyped-def]
+def _(grad_output, grad_final, q, k, v, weight, log_decay, fresh, kept, moves, normalize):  # type: ignore[no-untyped-def]
     (rows, length, heads, value_width), width = v.shape, q.shape[3]
     none = v.new_empty(0, dtype=torch.float32)
     return (
@@ -195,11 +201,11 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_output, grad_final, *_grads):  # type: ignore[no-untyped-def]
-    q, k, v, weight, log_decay, fresh, kept = ctx.saved_tensors
+    q, k, v, weight, log_decay, fresh, kept, moves = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(v)
     dq, dk, dv, *others = delta_rule_triton_backward(
-        grad_output, grad_final, q, k, v, weight, log_decay, fresh, kept, ctx.normalize
+        grad_output, grad_final, q, k, v, weight, log_decay, fresh, kept, moves, ctx.normalize
     )
     dw, dg, ds = (None if kind is None else x.to(kind) for x, kind in zip(others, ctx.types, strict=True))
     return dq, dk, dv, dw, dg, ds, None, None

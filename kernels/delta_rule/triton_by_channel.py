@@ -8,26 +8,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqlong.kernels.delta_rule import triton_channel
+from seqlong.kernels.delta_rule import triton_channel, triton_inverse
 from seqlong.kernels.delta_rule.plan import CHUNK
-from seqlong.kernels.delta_rule.triton_launch import LOG2E, RESET, Prepared, Sizes, by_head, strides
+from seqlong.kernels.delta_rule.triton_launch import Prepared, Sizes, by_head, readable, strides
+
+#: log2 of a decay that is zero in float32, and far below what eight tokens that are no starts may add up to.
+RESET = -256.0
 
 
 def prepare(q: Tensor, k: Tensor, weight: Tensor, log_decay: Tensor, normalize: bool, z: Sizes) -> Prepared:
     w = by_head(weight, z)
-    gate = (log_decay.float() * LOG2E).clamp_(min=RESET).contiguous()
-    rq, rk, total = torch.empty_like(w), torch.empty_like(w), torch.empty_like(gate)
+    gate = readable(log_decay)
+    rq, rk, total = torch.empty_like(w), torch.empty_like(w), w.new_empty(gate.shape)
     early_q, early_k, late = (q.new_empty(z.B, z.T, z.H, z.K) for _ in range(3))
     inverse, scores = (q.new_empty(z.B, z.H, z.NC, CHUNK, CHUNK) for _ in range(2))
     erase = torch.empty_like(inverse, dtype=torch.float32)  # what is inverted keeps its digits
     numbers = (z.T, z.H, z.R, z.NC, *strides(q), *strides(k))
     triton_channel.decays[z.chunks](
-        q, k, gate, total, rq, rk, early_q, early_k, late, *numbers, K=z.K, KB=z.KB, NORM=normalize, num_warps=8
-    )
+        q, k, gate, total, rq, rk, early_q, early_k, late, *numbers, *strides(gate), RESET, K=z.K, KB=z.KB,
+        NORM=normalize, num_warps=8,
+    )  # fmt: skip
     triton_channel.products[(4 * z.H * z.NC * z.B,)](
         q, k, total, rq, rk, scores, erase, *numbers, K=z.K, KB=z.KB, num_warps=z.plan.products
     )
-    triton_channel.invert[z.chunks](w, erase, inverse, num_warps=1)
+    triton_inverse.invert[z.chunks](w, erase, inverse, num_warps=1)
     return Prepared(early_q, early_k, late, w, total, rq, rk, inverse, scores, erase)
 
 

@@ -1,8 +1,10 @@
 """Triton kernels of delta_rule where each channel has its own decay (KDA): what differs from one decay a head.
 
 Products q_i D_ij k_jᵀ are made of blocks of 16 tokens: rows decayed since the first token of their block, columns
-decayed until it, so that no exponent is positive; blocks on the diagonal go channel by channel. For the walks, rows of
-q and k are multiplied once: ``early_q``, ``early_k`` from the chunk's entry, ``late`` to its end (b t h k).
+decayed until it, so that no exponent is positive. A block with itself is two such halves of 8 tokens, and what is left,
+8 tokens with themselves, is referred to their middle: there no decay counts as less than 2^-24, so no power is beyond
+2^96, and a start is a mask. For the walks, rows of q and k are multiplied once: ``early_q``, ``early_k`` from the
+chunk's entry, ``late`` to its end (b t h k).
 """
 
 from __future__ import annotations
@@ -10,13 +12,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqlong.kernels.delta_rule.triton_forward import EPS, C, _inverse, _put, _times, rows_of, square
+from seqlong.kernels.delta_rule.triton_forward import EPS, C, rows_of, square
+from seqlong.kernels.delta_rule.triton_inverse import cell
+
+#: log2 of the smallest decay inside eight tokens; and what only a start is below, or a gate that is shut.
+LEAST, START = tl.constexpr(-24.0), tl.constexpr(-200.0)
 
 
 @triton.jit(do_not_specialize=["T", "H", "R", "NC"])
-def decays(q, k, gate, total, rq, rk, early_q, early_k, late, T, H, R, NC, sqb, sqt, sqh, skb, skt, skh,
-           K: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
-    """One chunk of one head: gate (b t h k) in log2 -> running sums, and rows of q and k decayed."""
+def decays(q, k, gate, total, rq, rk, early_q, early_k, late, T, H, R, NC, sqb, sqt, sqh, skb, skt, skh, sgb, sgt, sgh,
+           reset, K: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    """One chunk of one head: gate (b t h k, natural) -> running sums in log2, and rows of q and k decayed."""
     pid = tl.program_id(0)
     c = pid % NC
     h = (pid // NC) % H
@@ -25,7 +31,9 @@ def decays(q, k, gate, total, rq, rk, early_q, early_k, late, T, H, R, NC, sqb, 
     d = tl.arange(0, KB)[None, :]
     inside = (t[:, None] < T) & (d < K)
     place = ((row * T + t[:, None]) * H + h) * K + d
-    b = tl.cumsum(tl.load(gate + place, mask=inside, other=0.0), 0)
+    gate += row * sgb + h * sgh
+    g = tl.load(gate + t[:, None].to(tl.int64) * sgt + d, mask=inside, other=0.0).to(tl.float32)
+    b = tl.cumsum(tl.maximum(g * 1.4426950408889634, reset), 0)
     bC = tl.min(b, 0)  # sums only fall, and tokens past the end add nothing
     tl.store(total + place, b, mask=inside)
     x = rows_of(q + row * sqb + (h // R) * sqh, t, T, sqt, K, KB).to(tl.float32)
@@ -58,41 +66,32 @@ def _first(total, t, T, st, K: tl.constexpr, KB: tl.constexpr):
 
 
 @triton.jit
-def _below(x, k, rx, rk, total, tx, tk, at, T, sx, sk, st, K: tl.constexpr, KB: tl.constexpr):
-    """x_i D_ij k_jᵀ of sixteen tokens from tx and sixteen earlier ones from tk."""
-    i = tl.arange(0, 16)
-    x16, bx = _rows(x, tl.load(rx + at + tx + i), total, tx + i, T, sx, st, K, KB)
-    k16, bk = _rows(k, tl.load(rk + at + tk + i), total, tk + i, T, sk, st, K, KB)
-    edge = _first(total, tx, T, st, K, KB)[None, :]
-    kind = k.dtype.element_ty
-    left = (x16 * tl.exp2(tl.minimum(bx - edge, 0.0))).to(kind)
-    right = (k16 * tl.exp2(tl.minimum(edge - bk, 0.0))).to(kind)
-    return tl.dot(left, tl.trans(right), input_precision="ieee")
+def _since(x, first):
+    """What is left of rows x of log2 sums since that of the first, (1 k)."""
+    return tl.exp2(tl.minimum(x - first, 0.0))
 
 
 @triton.jit
-def _diagonal(x, k, rx, rk, total, tx, at, T, sx, sk, st, K: tl.constexpr, KB: tl.constexpr, LAST: tl.constexpr):
-    """The same of sixteen tokens with themselves, where j < i + LAST."""
-    i = tl.arange(0, 16)
-    d = tl.arange(0, KB)
-    x16, bx = _rows(x, tl.load(rx + at + tx + i), total, tx + i, T, sx, st, K, KB)
-    A = tl.zeros((16, 16), dtype=tl.float32)
-    for j in range(0, 16):
-        there = (d < K) & (tx + j < T)
-        key = tl.load(k + (tx + j).to(tl.int64) * sk + d, mask=there, other=0.0).to(tl.float32) * tl.load(
-            rk + at + tx + j
-        )
-        bj = tl.load(total + (tx + j).to(tl.int64) * st + d, mask=there, other=0.0)
-        column = tl.sum(x16 * key[None, :] * tl.exp2(tl.minimum(bx - bj[None, :], 0.0)), 1)
-        A = tl.where(i[None, :] == j, column[:, None], A)
-    return tl.where(i[:, None] + LAST > i[None, :], A, 0.0)
+def _row(x, n: tl.constexpr):
+    """Row n of sixteen, (1 k)."""
+    return tl.sum(tl.where((tl.arange(0, 16) == n)[:, None], x, 0.0), 0)[None, :]
 
 
 @triton.jit
-def _cell(x, r, c):
-    """Pointers to block (r, c) of a (C C) matrix."""
-    i = tl.arange(0, 16)
-    return x + (r * 16 + i)[:, None] * C + (c * 16 + i)[None, :]
+def _near(b, total, t, chunk, T, st, K: tl.constexpr, KB: tl.constexpr):
+    """Factors of sixteen tokens with themselves, (16 k): late and early of the two halves, and of both since their
+    middles; and which pairs of a half may see one another, (16 16)."""
+    i, d = tl.arange(0, 16), tl.arange(0, KB)[None, :]
+    late = (i >= 8)[:, None]
+    cut = _row(b, 7)
+    seen = (t > chunk)[:, None] & (t < T)[:, None] & (d < K)
+    before = tl.load(total + (t - 1)[:, None].to(tl.int64) * st + d, mask=seen, other=0.0)
+    gate = tl.where((t < T)[:, None], b - before, 0.0)
+    segment = tl.cumsum((tl.max(tl.where(d < K, gate, -1e30), 1) < START).to(tl.int32), 0)
+    sums = tl.cumsum(tl.maximum(gate, LEAST), 0)
+    middle = sums - tl.where(late, _row(sums, 11), _row(sums, 3))
+    near = ((i[:, None] ^ i[None, :]) < 8) & (segment[:, None] == segment[None, :])
+    return tl.where(late, _since(b, cut), 0.0), tl.where(late, 0.0, _since(cut, b)), middle, near
 
 
 @triton.jit(do_not_specialize=["T", "H", "R", "NC"])
@@ -110,69 +109,39 @@ def products(q, k, total, rq, rk, scores, erase, T, H, R, NC, sqb, sqt, sqh, skb
     k += row * skb + (h // R) * skh
     total += (row * T * H + h) * K
     st = H * K
-    t = c * C + r * 16
     scores += (index * NC + c) * (C * C)
     erase += (index * NC + c) * (C * C)
+    kind = k.dtype.element_ty
+    i = tl.arange(0, 16)
+    t0 = c * C + r * 16
+    t = t0 + i
+    q16, b = _rows(q, tl.load(rq + at + t), total, t, T, sqt, st, K, KB)
+    k16, _ = _rows(k, tl.load(rk + at + t), total, t, T, skt, st, K, KB)
+    edge = _first(total, t0, T, st, K, KB)[None, :]
+    since = _since(b, edge)
+    left_q, left_k = (q16 * since).to(kind), (k16 * since).to(kind)
     for m in tl.range(0, r, num_stages=1):
-        tm = c * C + m * 16
-        P = _below(q, k, rq, rk, total, t, tm, at, T, sqt, skt, st, K, KB)
-        tl.store(_cell(scores, r, m), P.to(scores.dtype.element_ty))
-        E = _below(k, k, rk, rk, total, t, tm, at, T, skt, skt, st, K, KB)
-        tl.store(_cell(erase, r, m), E)
-    P = _diagonal(q, k, rq, rk, total, t, at, T, sqt, skt, st, K, KB, 1)
-    tl.store(_cell(scores, r, r), P.to(scores.dtype.element_ty))
-    E = _diagonal(k, k, rk, rk, total, t, at, T, skt, skt, st, K, KB, 0)
-    tl.store(_cell(erase, r, r), E)
+        tm = c * C + m * 16 + i
+        y, by = _rows(k, tl.load(rk + at + tm), total, tm, T, skt, st, K, KB)
+        y = tl.trans((y * _since(edge, by)).to(kind))
+        P = tl.dot(left_q, y, input_precision="ieee")
+        tl.store(cell(scores, r, m), P.to(scores.dtype.element_ty))
+        tl.store(cell(erase, r, m), tl.dot(left_k, y, input_precision="ieee"))
+    late, early, middle, near = _near(b, total, t, c * C, T, st, K, KB)
+    x = (q16 * late).to(kind)
+    P = tl.dot(x, tl.trans((k16 * early).to(kind)), input_precision="ieee")
+    E = tl.dot(k16 * late, tl.trans(k16 * early), input_precision="tf32x3")  # what is inverted keeps its digits
+    x = (q16 * tl.exp2(middle)).to(kind)
+    y = k16 * tl.exp2(-middle)
+    P += tl.where(near, tl.dot(x, tl.trans(y.to(kind)), input_precision="ieee"), 0.0)
+    E += tl.where(near, tl.dot(k16 * tl.exp2(middle), tl.trans(y), input_precision="tf32x3"), 0.0)
+    P = tl.where(i[:, None] >= i[None, :], P, 0.0)
+    tl.store(cell(scores, r, r), P.to(scores.dtype.element_ty))
+    tl.store(cell(erase, r, r), tl.where(i[:, None] > i[None, :], E, 0.0))
     none = tl.zeros((16, 16), dtype=tl.float32)
     for m in tl.range(r + 1, 4, num_stages=1):
-        tl.store(_cell(scores, r, m), none.to(scores.dtype.element_ty))
-        tl.store(_cell(erase, r, m), none)
-
-
-@triton.jit
-def invert(weight, erase, inverse):
-    """One chunk of one head: (I + A)^-1, A = diag(weight) erase."""
-    pid = tl.program_id(0).to(tl.int64)  # heads of rows, and chunks of a head, lie side by side
-    w = weight + pid * C + tl.arange(0, 16)
-    erase += pid * (C * C)
-    inverse += pid * (C * C)
-    none = tl.zeros((16, 16), dtype=tl.float32)
-    w0 = tl.load(w + 0)[:, None]
-    T00 = _inverse(w0 * tl.load(_cell(erase, 0, 0)))
-    _put(inverse, 0, 0, T00)
-    _put(inverse, 0, 1, none)
-    _put(inverse, 0, 2, none)
-    _put(inverse, 0, 3, none)
-    w1 = tl.load(w + 16)[:, None]
-    T11 = _inverse(w1 * tl.load(_cell(erase, 1, 1)))
-    _put(inverse, 1, 1, T11)
-    _put(inverse, 1, 2, none)
-    _put(inverse, 1, 3, none)
-    A10 = w1 * tl.load(_cell(erase, 1, 0))
-    T10 = -_times(T11, _times(A10, T00))
-    _put(inverse, 1, 0, T10)
-    w2 = tl.load(w + 32)[:, None]
-    T22 = _inverse(w2 * tl.load(_cell(erase, 2, 2)))
-    _put(inverse, 2, 2, T22)
-    _put(inverse, 2, 3, none)
-    A20 = w2 * tl.load(_cell(erase, 2, 0))
-    A21 = w2 * tl.load(_cell(erase, 2, 1))
-    T21 = -_times(T22, _times(A21, T11))
-    _put(inverse, 2, 1, T21)
-    T20 = -_times(T22, _times(A20, T00) + _times(A21, T10))
-    _put(inverse, 2, 0, T20)
-    w3 = tl.load(w + 48)[:, None]
-    T33 = _inverse(w3 * tl.load(_cell(erase, 3, 3)))
-    _put(inverse, 3, 3, T33)
-    A30 = w3 * tl.load(_cell(erase, 3, 0))
-    A31 = w3 * tl.load(_cell(erase, 3, 1))
-    A32 = w3 * tl.load(_cell(erase, 3, 2))
-    T32 = -_times(T33, _times(A32, T22))
-    _put(inverse, 3, 2, T32)
-    T31 = -_times(T33, _times(A31, T11) + _times(A32, T21))
-    _put(inverse, 3, 1, T31)
-    T30 = -_times(T33, _times(A30, T00) + _times(A31, T10) + _times(A32, T20))
-    _put(inverse, 3, 0, T30)
+        tl.store(cell(scores, r, m), none.to(scores.dtype.element_ty))
+        tl.store(cell(erase, r, m), none)
 
 
 @triton.jit(do_not_specialize=["T", "H", "NC"])
@@ -220,7 +189,7 @@ def local(early_k, v, go, weight, kept, fresh, erase, dv, through_k, through_q, 
 @triton.jit
 def _sixteen(x, r, c):
     """Block (r, c) of a (C C) matrix."""
-    return tl.load(_cell(x, r, c))
+    return tl.load(cell(x, r, c))
 
 
 @triton.jit(do_not_specialize=["T", "H", "NC"])
@@ -280,19 +249,24 @@ def keys(q, k, go, total, rq, rk, kept, dkept, fresh, dv, through_k, through_q, 
     left = tl.sum(of_late * k16, 0) + carried * tl.exp2(bC)
     tl.store(anchors + (((row * NC + c) * H + h) * 4 + r) * K + d, left, mask=d < K)
 
+    # What a pair of tokens adds to ``terms`` is nothing from the later one on: it is formed of the same rounded factors
+    # on both sides, so that it cancels.
+    e = q16 * of_q + k16 * (of_rows - of_late)
+
     # As rows of earlier columns.
     edge = _first(total, t0, T, st, K, KB)[None, :]
-    near = tl.exp2(tl.minimum(b - edge, 0.0))
+    since = _since(b, edge)
     sum_q = tl.zeros((16, KB), dtype=tl.float32)
     sum_k = tl.zeros((16, KB), dtype=tl.float32)
     for m in tl.range(0, r, num_stages=1):
         tm = c * C + m * 16 + i
         y, by = _rows(k, tl.load(rk + at + tm), total, tm, T, skt, st, K, KB)
-        y = (y * tl.exp2(tl.minimum(edge - by, 0.0))).to(kind)
+        y = (y * _since(edge, by)).to(kind)
         sum_q = tl.dot(_sixteen(through_q, r, m), y, sum_q, input_precision="ieee")
         sum_k = tl.dot(_sixteen(through_k, r, m), y, sum_k, input_precision="ieee")
-    of_q += sum_q * near
-    of_rows += sum_k * near
+    of_q += sum_q * since
+    of_rows += sum_k * since
+    e += sum_q * (q16 * since).to(kind).to(tl.float32) + sum_k * (k16 * since).to(kind).to(tl.float32)
 
     # As columns of later rows.
     of_columns = tl.zeros((16, KB), dtype=tl.float32)
@@ -301,29 +275,43 @@ def keys(q, k, go, total, rq, rk, kept, dkept, fresh, dv, through_k, through_q, 
         far = _first(total, c * C + m * 16, T, st, K, KB)[None, :]
         y, by = _rows(k, tl.load(rk + at + tm), total, tm, T, skt, st, K, KB)
         x, _ = _rows(q, tl.load(rq + at + tm), total, tm, T, sqt, st, K, KB)
-        near = tl.exp2(tl.minimum(by - far, 0.0))
-        got = tl.dot(tl.trans(_sixteen(through_k, m, r)), (y * near).to(kind), input_precision="ieee")
-        got = tl.dot(tl.trans(_sixteen(through_q, m, r)), (x * near).to(kind), got, input_precision="ieee")
-        of_columns += got * tl.exp2(tl.minimum(far - b, 0.0))
+        since = _since(by, far)
+        got = tl.dot(tl.trans(_sixteen(through_k, m, r)), (y * since).to(kind), input_precision="ieee")
+        got = tl.dot(tl.trans(_sixteen(through_q, m, r)), (x * since).to(kind), got, input_precision="ieee")
+        until = _since(far, b)
+        of_columns += got * until
+        e -= got * (k16 * until).to(kind).to(tl.float32)
 
-    # With one another, token by token.
-    for j in range(0, 16):
-        there = (d < K) & (t0 + j < T)
-        key = tl.load(k + (t0 + j).to(tl.int64) * skt + d, mask=there, other=0.0).to(tl.float32)
-        key = (key * tl.load(rk + at + t0 + j))[None, :]
-        bj = tl.load(total + (t0 + j).to(tl.int64) * st + d, mask=there, other=0.0)
-        D = tl.exp2(tl.minimum(b - bj[None, :], 0.0))
-        cell = (r * 16 + i) * C + r * 16 + j
-        gk = tl.load(through_k + cell).to(tl.float32)[:, None] * D
-        gq = tl.load(through_q + cell).to(tl.float32)[:, None] * D
-        of_q += gq * key
-        of_rows += gk * key
-        of_columns += tl.where(i[:, None] == j, tl.sum(gk * k16 + gq * q16, 0)[None, :], 0.0)
+    # With one another: the later half with the earlier one, then each half with itself.
+    late, early, middle, near = _near(b, total, t, c * C, T, st, K, KB)
+    dP, dE = _sixteen(through_q, r, r), _sixteen(through_k, r, r)
+    for level in tl.static_range(2):
+        if level == 0:
+            row_factor, column_factor = late, early
+            mq = tl.where(i[:, None] >= 8, dP, 0.0)
+            mk = tl.where(i[:, None] >= 8, dE, 0.0)
+        else:
+            row_factor, column_factor = tl.exp2(middle), tl.exp2(-middle)
+            mq = tl.where(near, dP, 0.0)
+            mk = tl.where(near, dE, 0.0)
+        x = (q16 * row_factor).to(kind)
+        y = (k16 * row_factor).to(kind)
+        z = (k16 * column_factor).to(kind)
+        got = tl.dot(mq, z, input_precision="ieee")
+        of_q += got * row_factor
+        e += got * x.to(tl.float32)
+        got = tl.dot(mk, z, input_precision="ieee")
+        of_rows += got * row_factor
+        e += got * y.to(tl.float32)
+        got = tl.dot(tl.trans(mq), x, input_precision="ieee")
+        got = tl.dot(tl.trans(mk), y, got, input_precision="ieee")
+        of_columns += got * column_factor
+        e -= got * z.to(tl.float32)
 
     of_columns += of_late
     inside = (t[:, None] < T) & (d < K)[None, :]
     place = ((row * T + t[:, None]) * H + h) * K + d[None, :]
-    tl.store(terms + place, q16 * of_q + k16 * (of_rows - of_columns), mask=inside)
+    tl.store(terms + place, e, mask=inside)
     of_rows += of_columns
     if NORM:
         of_q = (of_q - q16 * tl.sum(of_q * q16, 1)[:, None]) * tl.load(rq + at + t)[:, None]

@@ -1,4 +1,4 @@
-"""Triton kernels of delta_rule: inverses of chunks, walks through segments, and the states that enter them.
+"""Triton kernels of delta_rule: products of rows of a chunk, walks through segments, and the states that enter them.
 
 Words: a chunk is C = 64 tokens in four blocks of 16; a segment of the plan is CPS chunks, one program's walk (not a
 document: documents are cut by ``starts``, which are gates of 2^-160). Rows of q and k are divided by their length by
@@ -31,160 +31,44 @@ def square(x, offset):
 
 
 @triton.jit
-def _length(x, out, t, T, stride, K: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr):
-    """The inverse length of rows, also stored."""
-    y = tl.zeros((16,), dtype=tl.float32) + 1.0
+def _length(x, out, NORM: tl.constexpr):
+    """The inverse lengths of the rows of a chunk, also stored."""
+    y = tl.zeros((C,), dtype=tl.float32) + 1.0
     if NORM:
-        rows = rows_of(x, t, T, stride, K, KB).to(tl.float32)
-        y = tl.rsqrt(tl.sum(rows * rows, 1) + EPS)
+        x = x.to(tl.float32)
+        y = tl.rsqrt(tl.sum(x * x, 1) + EPS)
     tl.store(out, y)
     return y
 
 
-@triton.jit
-def _product(x, k, tx, tk, bx, bk, rx, rk, T, sx, sk, K: tl.constexpr, KB: tl.constexpr, DIAGONAL: tl.constexpr,
-             LAST: tl.constexpr):  # fmt: skip
-    """x_i D_ij k_jᵀ of tokens tx and tk, sixteen each; on the DIAGONAL where j < i + LAST."""
-    rows, columns = rows_of(x, tx, T, sx, K, KB), rows_of(k, tk, T, sk, K, KB)
-    D = tl.exp2(tl.minimum(bx[:, None] - bk[None, :], 0.0))
-    A = tl.dot(rows, tl.trans(columns), input_precision="ieee") * (rx[:, None] * rk[None, :]) * D
-    if DIAGONAL:
-        A = tl.where(tl.arange(0, 16)[:, None] + LAST > tl.arange(0, 16)[None, :], A, 0.0)
-    return A
-
-
-@triton.jit
-def _inverse(A):
-    """(I + A)^-1 of a strictly lower (16 16) block, by forward substitution: exact to float32 whatever the keys."""
-    i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
-    T = tl.where(i == j, 1.0, 0.0)
-    for n in tl.static_range(15):
-        column = tl.sum(tl.where(j == n, A, 0.0), 1)
-        row = tl.sum(tl.where(i == n, T, 0.0), 0)
-        T -= column[:, None] * row[None, :]
-    return T
-
-
-@triton.jit
-def _times(x, y):
-    return tl.dot(x, y, input_precision="tf32x3")
-
-
-@triton.jit
-def _put(x, r: tl.constexpr, c: tl.constexpr, block):
-    place = (r * 16 + tl.arange(0, 16))[:, None] * C + c * 16 + tl.arange(0, 16)[None, :]
-    tl.store(x + place, block.to(x.dtype.element_ty))
-
-
 @triton.jit(do_not_specialize=["T", "H", "R", "NC"])
-def prepare(q, k, weight, gate, total, rq, rk, inverse, scores, T, H, R, NC, sqb, sqt, sqh, skb, skt, skh,
-            K: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
-    """One chunk of one head: running log2 decays, inverse lengths, (I + A)^-1 and the scores P.
+def products(q, k, gate, total, rq, rk, scores, erase, T, H, R, NC, sqb, sqt, sqh, skb, skt, skh,
+             K: tl.constexpr, KB: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    """One chunk of one head: running log2 decays, inverse lengths, the scores P, and k_i D_ij k_jᵀ where j < i.
 
-    weight, gate, total, rq, rk are (b h n·C), gate in log2; inverse and scores (b h n C C).
+    gate, total, rq, rk are (b h n·C), gate in log2; scores and erase (b h n C C).
     """
     pid = tl.program_id(0)
     c = pid % NC
     h = (pid // NC) % H
     row = (pid // NC // H).to(tl.int64)
     index = row * H + h
-    at = index * (NC * C).to(tl.int64) + c * C + tl.arange(0, 16)
-    q += row * sqb + (h // R) * sqh
-    k += row * skb + (h // R) * skh
-    t = c * C + tl.arange(0, 16)
-    inverse += (index * NC + c) * (C * C)
-    scores += (index * NC + c) * (C * C)
-    b0 = tl.zeros((16,), dtype=tl.float32)
-    b1 = b0
-    b2 = b0
-    b3 = b0
+    t = c * C + tl.arange(0, C)
+    at = index * (NC * C).to(tl.int64) + t
+    b = tl.zeros((C,), dtype=tl.float32)
     if GATED:
-        g0 = tl.load(gate + at)
-        g1 = tl.load(gate + at + 16)
-        g2 = tl.load(gate + at + 32)
-        g3 = tl.load(gate + at + 48)
-        b0 = tl.cumsum(g0, 0)
-        b1 = tl.sum(g0, 0) + tl.cumsum(g1, 0)
-        b2 = tl.sum(g0, 0) + tl.sum(g1, 0) + tl.cumsum(g2, 0)
-        b3 = tl.sum(g0, 0) + tl.sum(g1, 0) + tl.sum(g2, 0) + tl.cumsum(g3, 0)
-    tl.store(total + at, b0)
-    tl.store(total + at + 16, b1)
-    tl.store(total + at + 32, b2)
-    tl.store(total + at + 48, b3)
-
-    r0 = _length(k, rk + at, t, T, skt, K, KB, NORM)
-    r1 = _length(k, rk + at + 16, t + 16, T, skt, K, KB, NORM)
-    r2 = _length(k, rk + at + 32, t + 32, T, skt, K, KB, NORM)
-    r3 = _length(k, rk + at + 48, t + 48, T, skt, K, KB, NORM)
-    # Blocks of q and k are read again for each product: sixteen rows are soon there, and registers are few.
-    none = tl.zeros((16, 16), dtype=tl.float32)
-    rx = _length(q, rq + at, t, T, sqt, K, KB, NORM)
-    A = _product(q, k, t, t, b0, b0, rx, r0, T, sqt, skt, K, KB, True, 1)
-    _put(scores, 0, 0, A)
-    _put(scores, 0, 1, none)
-    _put(scores, 0, 2, none)
-    _put(scores, 0, 3, none)
-    rx = _length(q, rq + at + 16, t + 16, T, sqt, K, KB, NORM)
-    A = _product(q, k, t + 16, t, b1, b0, rx, r0, T, sqt, skt, K, KB, False, 1)
-    _put(scores, 1, 0, A)
-    A = _product(q, k, t + 16, t + 16, b1, b1, rx, r1, T, sqt, skt, K, KB, True, 1)
-    _put(scores, 1, 1, A)
-    _put(scores, 1, 2, none)
-    _put(scores, 1, 3, none)
-    rx = _length(q, rq + at + 32, t + 32, T, sqt, K, KB, NORM)
-    A = _product(q, k, t + 32, t, b2, b0, rx, r0, T, sqt, skt, K, KB, False, 1)
-    _put(scores, 2, 0, A)
-    A = _product(q, k, t + 32, t + 16, b2, b1, rx, r1, T, sqt, skt, K, KB, False, 1)
-    _put(scores, 2, 1, A)
-    A = _product(q, k, t + 32, t + 32, b2, b2, rx, r2, T, sqt, skt, K, KB, True, 1)
-    _put(scores, 2, 2, A)
-    _put(scores, 2, 3, none)
-    rx = _length(q, rq + at + 48, t + 48, T, sqt, K, KB, NORM)
-    A = _product(q, k, t + 48, t, b3, b0, rx, r0, T, sqt, skt, K, KB, False, 1)
-    _put(scores, 3, 0, A)
-    A = _product(q, k, t + 48, t + 16, b3, b1, rx, r1, T, sqt, skt, K, KB, False, 1)
-    _put(scores, 3, 1, A)
-    A = _product(q, k, t + 48, t + 32, b3, b2, rx, r2, T, sqt, skt, K, KB, False, 1)
-    _put(scores, 3, 2, A)
-    A = _product(q, k, t + 48, t + 48, b3, b3, rx, r3, T, sqt, skt, K, KB, True, 1)
-    _put(scores, 3, 3, A)
-
-    w0 = tl.load(weight + at)[:, None]
-    T00 = _inverse(w0 * _product(k, k, t, t, b0, b0, r0, r0, T, skt, skt, K, KB, True, 0))
-    _put(inverse, 0, 0, T00)
-    _put(inverse, 0, 1, none)
-    _put(inverse, 0, 2, none)
-    _put(inverse, 0, 3, none)
-    w1 = tl.load(weight + at + 16)[:, None]
-    T11 = _inverse(w1 * _product(k, k, t + 16, t + 16, b1, b1, r1, r1, T, skt, skt, K, KB, True, 0))
-    _put(inverse, 1, 1, T11)
-    _put(inverse, 1, 2, none)
-    _put(inverse, 1, 3, none)
-    A10 = w1 * _product(k, k, t + 16, t, b1, b0, r1, r0, T, skt, skt, K, KB, False, 0)
-    T10 = -_times(T11, _times(A10, T00))
-    _put(inverse, 1, 0, T10)
-    w2 = tl.load(weight + at + 32)[:, None]
-    T22 = _inverse(w2 * _product(k, k, t + 32, t + 32, b2, b2, r2, r2, T, skt, skt, K, KB, True, 0))
-    _put(inverse, 2, 2, T22)
-    _put(inverse, 2, 3, none)
-    A20 = w2 * _product(k, k, t + 32, t, b2, b0, r2, r0, T, skt, skt, K, KB, False, 0)
-    A21 = w2 * _product(k, k, t + 32, t + 16, b2, b1, r2, r1, T, skt, skt, K, KB, False, 0)
-    T21 = -_times(T22, _times(A21, T11))
-    _put(inverse, 2, 1, T21)
-    T20 = -_times(T22, _times(A20, T00) + _times(A21, T10))
-    _put(inverse, 2, 0, T20)
-    w3 = tl.load(weight + at + 48)[:, None]
-    T33 = _inverse(w3 * _product(k, k, t + 48, t + 48, b3, b3, r3, r3, T, skt, skt, K, KB, True, 0))
-    _put(inverse, 3, 3, T33)
-    A30 = w3 * _product(k, k, t + 48, t, b3, b0, r3, r0, T, skt, skt, K, KB, False, 0)
-    A31 = w3 * _product(k, k, t + 48, t + 16, b3, b1, r3, r1, T, skt, skt, K, KB, False, 0)
-    A32 = w3 * _product(k, k, t + 48, t + 32, b3, b2, r3, r2, T, skt, skt, K, KB, False, 0)
-    T32 = -_times(T33, _times(A32, T22))
-    _put(inverse, 3, 2, T32)
-    T31 = -_times(T33, _times(A31, T11) + _times(A32, T21))
-    _put(inverse, 3, 1, T31)
-    T30 = -_times(T33, _times(A30, T00) + _times(A31, T10) + _times(A32, T20))
-    _put(inverse, 3, 0, T30)
+        b = tl.cumsum(tl.load(gate + at), 0)
+    tl.store(total + at, b)
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    D = tl.where(i >= j, tl.exp2(tl.minimum(b[:, None] - b[None, :], 0.0)), 0.0)
+    y = rows_of(k + row * skb + (h // R) * skh, t, T, skt, K, KB)
+    r_k = _length(y, rk + at, NORM)
+    E = tl.dot(y, tl.trans(y), input_precision="ieee") * (r_k[:, None] * r_k[None, :]) * D
+    tl.store(square(erase, (index * NC + c) * (C * C)), tl.where(i > j, E, 0.0))
+    x = rows_of(q + row * sqb + (h // R) * sqh, t, T, sqt, K, KB)
+    r_q = _length(x, rq + at, NORM)
+    P = tl.dot(x, tl.trans(y), input_precision="ieee") * (r_q[:, None] * r_k[None, :]) * D
+    tl.store(square(scores, (index * NC + c) * (C * C)), P.to(scores.dtype.element_ty))
 
 
 @triton.jit
@@ -238,20 +122,17 @@ def walk(q, k, late, v, weight, total, rq, rk, inverse, scores, entry, o, fresh,
          CHANNEL: tl.constexpr, ST: tl.constexpr):  # fmt: skip
     """Walk a segment: Ṽ = T β (V - γK S), O = γQ S + P Ṽ, S <- γ_C S + (D_Cj K)ᵀ Ṽ.
 
-    SEGMENT 1: from zero without output; the state at the end goes to ``entry`` (b h s v k). Programs past the value
-    tiles, which are all in SEGMENT 2, walk columns of the identity without values: what the segment does to a state
-    goes to ``moves`` (b h s j k), transposed.
+    SEGMENT: from zero without output; the state at the end goes to ``entry`` (b h s v k). Programs past the value tiles
+    walk columns of the identity without values: what the segment does to a state goes to ``moves`` (b h s j k).
     KEEP: Ṽ and the state before each chunk go to ``fresh`` (b t h v) and ``kept`` (b n h v k).
     CHANNEL: q and k are decayed from the chunk's entry, ``late`` is k decayed to its end (else it is not read).
     """
     VT: tl.constexpr = VB // BV
-    TILES: tl.constexpr = VT if SEGMENT == 0 else (VT + KB // BV if SEGMENT == 1 else KB // BV)
+    TILES: tl.constexpr = VT + KB // BV if SEGMENT else VT
     pid = tl.program_id(0)
     h = pid % H
     r = pid // H
     iv = r % TILES
-    if SEGMENT == 2:
-        iv += VT
     r = r // TILES
     s = r % NS
     row = (r // NS).to(tl.int64)
@@ -266,7 +147,7 @@ def walk(q, k, late, v, weight, total, rq, rk, inverse, scores, entry, o, fresh,
     column = iv * BV + tl.arange(0, BV)
     real = iv < VT  # else a column of the identity
     S = tl.zeros((BV, KB), dtype=tl.float32)
-    if SEGMENT > 0:
+    if SEGMENT:
         S += tl.where((iv - VT) * BV + tl.arange(0, BV)[:, None] == tl.arange(0, KB)[None, :], 1.0, 0.0)
     else:
         S = entering(entry, index, s, NS, iv, K, V, KB, VB, BV, ENTRY)
@@ -288,7 +169,7 @@ def walk(q, k, late, v, weight, total, rq, rk, inverse, scores, entry, o, fresh,
         N = tl.dot(Sb, tl.trans(Kt), input_precision="ieee") * (-enter_k)[None, :]
         N = (N + tl.trans(X).to(tl.float32)) * w[None, :]
         N = tl.dot(N.to(k.dtype.element_ty), tl.trans(Tm), input_precision="ieee")
-        if SEGMENT == 0:
+        if not SEGMENT:
             Q = rows_of(q, t, T, sqt, K, KB)
             P = tl.load(square(scores, (index * NC + c) * (C * C)))
             Nb = N.to(k.dtype.element_ty)
@@ -301,7 +182,7 @@ def walk(q, k, late, v, weight, total, rq, rk, inverse, scores, entry, o, fresh,
         if CHANNEL:
             Kt = rows_of(late, t, T, skt, K, KB)
         S = tl.dot(N.to(k.dtype.element_ty), Kt, S * carry[None, :], input_precision="ieee")
-    if SEGMENT > 0:
+    if SEGMENT:
         d = tl.arange(0, KB)[None, :]
         if real:
             tl.store(entry + (index * NS + s) * (VB * KB) + column[:, None] * KB + d, S)

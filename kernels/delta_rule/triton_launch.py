@@ -10,10 +10,6 @@ from torch import Tensor
 from seqlong.kernels.delta_rule.plan import CHUNK, PLANS, Plan
 from seqlong.kernels.plans import power, segments
 
-LOG2E = 1.4426950408889634
-#: log2 of a decay that is zero in float32; no decay is below it, so that sums over a chunk keep their digits.
-RESET = -160.0
-
 
 class Sizes(NamedTuple):
     """Everything a launch is cut by; K, V are widths, KB, VB the tiles that hold them, R heads share a group."""

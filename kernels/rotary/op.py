@@ -38,7 +38,7 @@ def _offered(x: Tensor) -> tuple[dict[str, str], str]:
 
 def rotary(
     x: Float[Tensor, "b t h k"],
-    positions: Int[Tensor, "b t"],
+    positions: Int[Tensor, "b t"] | Float[Tensor, "b t"],
     base: float = 10000.0,
     implementation: str | None = None,
 ) -> Float[Tensor, "b t h k"]:
@@ -48,7 +48,7 @@ def rotary(
 
     Args:
         x: queries or keys; may be a part of a wider tensor, which is read where it lies.
-        positions: of every token, in its segment.
+        positions: of every token, in its segment; float64 for places between (interpolation).
         base: the longest wavelength is about ``2π · base`` tokens.
         implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose.
 

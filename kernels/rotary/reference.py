@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def rotary_reference(
-    x: Float[Tensor, "b t h k"], positions: Int[Tensor, "b t"], base: float = 10000.0
+    x: Float[Tensor, "b t h k"], positions: Int[Tensor, "b t"] | Float[Tensor, "b t"], base: float = 10000.0
 ) -> Float[Tensor, "b t h k"]:
     """Rotate pairs (i, i + k/2) of each head by ``position · base^(-2i/k)``."""
     half = x.shape[-1] // 2

@@ -4,6 +4,8 @@ from seqlong.mixers.attention import Attention
 from seqlong.mixers.base import Mixer, MixerFactory, MixerState
 from seqlong.mixers.bidirectional import Bidirectional
 from seqlong.mixers.deltanet import KDA, DeltaNet, GatedDeltaNet
+from seqlong.mixers.diagonal import S4D, Mamba1
+from seqlong.mixers.differential import DifferentialAttention
 from seqlong.mixers.feature_maps import Based, Hedgehog
 from seqlong.mixers.gla import GLA, SimpleGLA
 from seqlong.mixers.hgrn2 import HGRN2
@@ -11,9 +13,12 @@ from seqlong.mixers.linear_attention import CosFormer2, LightningAttention, Line
 from seqlong.mixers.log_linear import LogLinearGatedDeltaNet, LogLinearMamba2
 from seqlong.mixers.mamba2 import Mamba2
 from seqlong.mixers.mlstm import MLSTM
+from seqlong.mixers.rat import Rat
 from seqlong.mixers.rglru import RGLRU
 from seqlong.mixers.rwkv6 import RWKV6
 from seqlong.mixers.rwkv7 import RWKV7
+from seqlong.mixers.scout import Scout
+from seqlong.mixers.sparse_attention import MoBA, NativeSparseAttention
 
 __all__ = [
     "GLA",
@@ -23,21 +28,28 @@ __all__ = [
     "RGLRU",
     "RWKV6",
     "RWKV7",
+    "S4D",
     "Attention",
     "Based",
     "Bidirectional",
     "CosFormer2",
     "DeltaNet",
+    "DifferentialAttention",
     "GatedDeltaNet",
     "Hedgehog",
     "LightningAttention",
     "LinearAttention",
     "LogLinearGatedDeltaNet",
     "LogLinearMamba2",
+    "Mamba1",
     "Mamba2",
     "Mixer",
     "MixerFactory",
     "MixerState",
+    "MoBA",
+    "NativeSparseAttention",
+    "Rat",
     "RetNet",
+    "Scout",
     "SimpleGLA",
 ]

@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqlong.kernels.attention import attention
+from seqlong.kernels.norm import rms_norm
 from seqlong.layout import SequenceLayout
-from seqlong.mixers.base import Mixer, MixerState
-from seqlong.positions import alibi_slopes, rotary
-
-
-@dataclass
-class AttentionState(MixerState):
-    """The keys and values that later tokens may still see, the most recent last.
-
-    Shapes: keys ``(b s g k)`` (already rotated), values ``(b s g v)``, valid ``(b s)``: whether the entry belongs to
-    the segment that goes on; None if all do.
-    """
-
-    keys: Float[Tensor, "b s g k"]
-    values: Float[Tensor, "b s g v"]
-    valid: Bool[Tensor, "b s"] | None = None
-
-    def keep(self, rows: Bool[Tensor, "b"]) -> AttentionState:
-        kept = rows[:, None].expand(self.keys.shape[:2])
-        keys, values = (value.where(rows[:, None, None, None], 0) for value in (self.keys, self.values))
-        return AttentionState(keys, values, kept if self.valid is None else self.valid & kept)
+from seqlong.mixers.base import Mixer
+from seqlong.mixers.cache import AttentionState, SinkState, carry, carry_sinks, join, join_sinks
+from seqlong.positions import alibi_slopes, check_axes, rotary_axes
 
 
 class Attention(Mixer):
     """``o_i = Σ_j softmax_j(q_i·k_j / √k) v_j`` over the tokens j that i may see.
 
-    Source: arXiv 1706.03762; grouped heads arXiv 2305.13245; sliding window arXiv 2004.05150.
+    With ``qk_norm``, q and k of each head pass an RMSNorm before they are rotated (Qwen3). With ``gate``, a head's
+    result is multiplied, channel by channel, with ``σ(W x)`` before the last projection (Qwen3-Next's form: its own
+    gate for each head and channel). With ``sinks``, the first tokens of a segment stay visible beyond the window, at
+    the positions that they have (not moved up to the window, so that a row split anywhere is the row).
+
+    Source: arXiv 1706.03762; grouped heads arXiv 2305.13245; sliding window arXiv 2004.05150; sinks arXiv 2309.17453;
+    gate arXiv 2505.06708; qk_norm arXiv 2302.05442, 2505.09388.
 
     Args:
         d_model: width of the residual stream.
@@ -48,8 +38,17 @@ class Attention(Mixer):
         positions: ``rope`` rotates queries and keys, ``alibi`` subtracts a slope per head times the distance, ``none``
             leaves order to the recurrent mixers around (as HybriDNA does).
         rope_base: the longest wavelength of the rotation is about ``2π · rope_base`` tokens.
+        rope_scale: positions are divided by this before rotating: a model trained on rows of L tokens then reads rows
+            of ``rope_scale · L`` with angles that it knows (linear interpolation).
+        partial_rotary: part of a head's channels that is rotated, the first ones; pairs, rounded down.
+        rope_axes: channels of a head that each axis of the positions rotates, such as [16, 24, 24] for time, height
+            and width; the rest is left as it is. All of them by the first axis if not given.
         causal: whether a token sees only itself and earlier ones; false for masked language modelling.
         bias: whether the projections have biases.
+        sinks: tokens at the beginning of a segment that stay visible beyond ``window``.
+        qk_norm: whether queries and keys are normed, each head by itself.
+        norm_eps: added to the mean square in these norms.
+        gate: whether the result is gated.
     """
 
     residual_projections = ("out_proj",)
@@ -63,8 +62,15 @@ class Attention(Mixer):
         window: int | None = None,
         positions: Literal["rope", "alibi", "none"] = "rope",
         rope_base: float = 10000.0,
+        rope_scale: float = 1.0,
+        partial_rotary: float = 1.0,
+        rope_axes: Sequence[int] | None = None,
         causal: bool = True,
         bias: bool = False,
+        sinks: int = 0,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        gate: bool = False,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -74,86 +80,86 @@ class Attention(Mixer):
         self.head_dim = d_model // heads if head_dim is None else head_dim
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ValueError(f"Attention needs heads divisible by kv_heads, found {self.heads} and {self.kv_heads}")
-        if positions == "rope" and self.head_dim % 2:
+        if positions == "rope" and rope_axes is None and partial_rotary == 1 and self.head_dim % 2:
             raise ValueError(f"rope needs an even head_dim, found {self.head_dim}")
+        if not 0 < partial_rotary <= 1 or (rope_axes is not None and partial_rotary != 1):
+            raise ValueError(
+                f"Attention needs a partial_rotary above 0 and up to 1, and without rope_axes, which says the same; "
+                f"found {partial_rotary}"
+            )
+        if rope_scale <= 0:
+            raise ValueError(f"Attention needs a rope_scale above 0, found {rope_scale}")
+        if sinks and (sinks < 0 or window is None or not causal or positions == "alibi"):
+            raise ValueError(
+                f"sinks are tokens kept beyond a window, before a token, at no slope: Attention needs window, "
+                f"causal=True and positions 'rope' or 'none' with them, found sinks={sinks}, window={window}, "
+                f"causal={causal}, positions={positions}"
+            )
+        self.axes = list(rope_axes) if rope_axes is not None else [int(self.head_dim * partial_rotary) // 2 * 2]
+        if positions == "rope":
+            check_axes("rope", self.axes, self.head_dim)
         if window is not None and window < 1:
             raise ValueError(f"Attention needs a window of at least 1 token, found {window}")
         self.window = window
         self.bounded_state = window is not None
         self.positions = positions
-        self.rope_base = rope_base
-        self.causal = causal
+        self.rope_base, self.rope_scale = rope_base, rope_scale
+        self.causal, self.sinks = causal, sinks
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv_proj = nn.Linear(d_model, width, bias=bias)
         self.out_proj = nn.Linear(self.heads * self.head_dim, d_model, bias=bias)
+        self.gate_proj = nn.Linear(d_model, self.heads * self.head_dim, bias=bias) if gate else None
+        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None for _ in range(2))
+        self.norm_eps = norm_eps
         slopes = torch.tensor(alibi_slopes(heads)) if positions == "alibi" else None
         self.slopes: Tensor | None
         self.register_buffer("slopes", slopes, persistent=False)
 
     def forward(
-        self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: AttentionState | None = None
-    ) -> tuple[Float[Tensor, "b t d"], AttentionState | None]:
+        self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: AttentionState | SinkState | None = None
+    ) -> tuple[Float[Tensor, "b t d"], AttentionState | SinkState | None]:
         if layout.padding is not None:
             hidden = hidden.masked_fill(layout.padding[..., None], 0)
         qkv = self.qkv_proj(hidden).unflatten(2, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = (rms_norm(x, norm.weight, self.norm_eps) for x, norm in ((q, self.q_norm), (k, self.k_norm)))
         if self.positions == "rope":
-            positions = layout.positions if layout.positions.dim() == 2 else layout.positions[..., 0]
-            q, k = rotary(q, positions, self.rope_base), rotary(k, positions, self.rope_base)
+            places = layout.positions if layout.positions.dim() == 2 or len(self.axes) > 1 else layout.positions[..., 0]
+            q, k = (rotary_axes(x, places, self.axes, self.rope_base, self.rope_scale) for x in (q, k))
+        mixed, after = self._attend(q, k, v, layout, state)
+        if self.gate_proj is not None:
+            mixed = mixed * torch.sigmoid(self.gate_proj(hidden)).view_as(mixed)
+        return self.out_proj(mixed.flatten(2)), after
 
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, state: AttentionState | SinkState | None
+    ) -> tuple[Float[Tensor, "b t h v"], AttentionState | SinkState | None]:
         if state is None:
             ids = layout.segment_ids
             boundaries = None if ids is None else layout.boundaries
-            mixed = attention(
+            return attention(
                 q, k, v, causal=self.causal, window=self.window, query_ids=ids, key_ids=ids, slopes=self.slopes,
-                boundaries=boundaries,
-            )  # fmt: skip
-            after = None
+                boundaries=boundaries, sinks=self.sinks,
+            ), None  # fmt: skip
+        if not self.causal:
+            raise ValueError("attention that sees later tokens cannot carry a state from window to window")
+        after: AttentionState | SinkState
+        if isinstance(state, SinkState):
+            assert self.window is not None
+            seen, place = join_sinks(k, v, layout, state)
+            after = carry_sinks(seen, place, layout, state, self.window)
         else:
-            if not self.causal:
-                raise ValueError("attention that sees later tokens cannot carry a state from window to window")
-            k = torch.cat([state.keys.to(k.dtype), k], dim=1)
-            v = torch.cat([state.values.to(v.dtype), v], dim=1)
-            query_ids, key_ids, carried = self._identify(layout, state)
-            mixed = attention(q, k, v, window=self.window, query_ids=query_ids, key_ids=key_ids, slopes=self.slopes)
-            after = self._carry(k, v, carried, layout)
-        return self.out_proj(mixed.flatten(2)), after
+            seen = join(k, v, layout, state)
+            after = carry(seen, layout, self.window)
+        return attention(
+            q, seen.keys, seen.values, window=self.window, query_ids=seen.query_ids, key_ids=seen.key_ids,
+            slopes=self.slopes, sinks=self.sinks, always=seen.always,
+        ), after  # fmt: skip
 
-    def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> AttentionState:
+    def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> AttentionState | SinkState:
         empty = torch.zeros(rows, 0, self.kv_heads, self.head_dim, device=device, dtype=dtype)
-        return AttentionState(empty, empty)
-
-    def _identify(
-        self, layout: SequenceLayout, state: AttentionState
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Ids of queries and of all keys, and which keys belong to the segment that goes on after this window; None
-        where all do."""
-        rows, length = layout.shape
-        ids = layout.segment_ids
-        if ids is None or layout.starts is None:
-            if state.valid is None:
-                return None, None, None
-            query_ids = torch.ones(rows, length, dtype=torch.int32, device=state.keys.device)
-            key_ids = torch.cat([torch.where(state.valid, 1, -1).to(torch.int32), query_ids], dim=1)
-            return query_ids, key_ids, key_ids == 1
-        # A row that is all padding leaves its cache as it is; id 1 stands for the segment it would go on with.
-        occupied = layout.lengths > 0
-        first = torch.where(occupied & ~layout.starts[:, 0], ids[:, 0], torch.where(occupied, -1, 1))
-        last = torch.where(occupied, ids.gather(1, (layout.lengths - 1).clamp(min=0)[:, None])[:, 0], 1)
-        cached = first[:, None].expand(state.keys.shape[:2])
-        if state.valid is not None:
-            cached = torch.where(state.valid, cached, -1)
-        key_ids = torch.cat([cached.to(ids.dtype), ids.masked_fill(ids == 0, -1)], dim=1)
-        return ids, key_ids, key_ids == last[:, None]
-
-    def _carry(self, k: Tensor, v: Tensor, carried: Tensor | None, layout: SequenceLayout) -> AttentionState:
-        """Keep what the tokens after this window may see, moved so that each row's last token stands last."""
-        keep = k.shape[1] if self.window is None else min(k.shape[1], self.window - 1)
-        if layout.segment_ids is None or carried is None:
-            first = k.shape[1] - keep
-            return AttentionState(k[:, first:], v[:, first:], None if carried is None else carried[:, first:])
-        padding = layout.shape[1] - layout.lengths
-        index = torch.arange(k.shape[1] - keep, k.shape[1], device=k.device) - padding[:, None]
-        valid = carried.gather(1, index.clamp(min=0)) & (index >= 0)
-        wide = index.clamp(min=0)[..., None, None].expand(-1, -1, *k.shape[2:])
-        return AttentionState(k.gather(1, wide), v.gather(1, wide), valid)
+        if not self.sinks:
+            return AttentionState(empty, empty)
+        first = torch.zeros(rows, self.sinks, self.kv_heads, self.head_dim, device=device, dtype=dtype)
+        return SinkState(empty, empty, first, first, torch.zeros(rows, dtype=torch.int64, device=device))

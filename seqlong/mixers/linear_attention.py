@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from seqlong.kernels.scalar_decay import scalar_decay
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.linear import Constant, Gate, LinearMixer, LowRank, split_heads, still
-from seqlong.positions import alibi_slopes, rotary
+from seqlong.positions import alibi_slopes, check_axes, lrpe, rotary
 
 
 def _constant(mixer: LinearMixer, constant: Constant, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout,
@@ -156,25 +157,33 @@ class CosFormer2(LinearMixer):
         heads: heads.
         base: the longest wavelength is about ``2π · base`` tokens.
         norm_eps: added to the mean square in the norm.
+        axes: channels of a head for each axis of the positions, such as [16, 24, 24] for time, height and width; all
+            for the first axis if not given.
     """
 
-    def __init__(self, d_model: int, heads: int = 4, base: float = 10000.0, norm_eps: float = 1e-5) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        heads: int = 4,
+        base: float = 10000.0,
+        norm_eps: float = 1e-5,
+        axes: Sequence[int] | None = None,
+    ) -> None:
         width = split_heads("CosFormer2", d_model, heads)
         if width % 2:
             raise ValueError(f"CosFormer2 turns half of a head and needs it even, found {width}")
         super().__init__(d_model, heads, width, width, gate="none", norm_eps=norm_eps)
         self.gate_proj = LowRank(d_model, d_model, width)
         self.state_dim = width + width // 2
-        self.turns = Constant([base ** (-2 * channel / width) for channel in range(width // 2)])
+        self.base, self.axes = base, [width] if axes is None else list(axes)
+        check_axes("CosFormer2", self.axes, width)
+        if sum(self.axes) != width:
+            raise ValueError(f"CosFormer2 needs axes that share the {width} channels of a head, found {self.axes}")
         self.decay = Constant([0.0] * heads)
 
     def features(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
-        # One turn is taken off in float64, so that angles are right at any position.
-        angle = (layout.positions[..., None] * self.turns.numbers).remainder(2 * torch.pi)[:, :, None]
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        angle = angle.to(wide)
-        cos, sin = angle.cos(), angle.sin()
-        q, k = (_turned(F.silu(x), cos, sin) for x in (q, k))
+        places = layout.positions if layout.positions.dim() == 2 or len(self.axes) > 1 else layout.positions[..., 0]
+        q, k = (lrpe(F.silu(x), places, self.axes, self.base, turning=0.5) for x in (q, k))
         return q, k, v
 
     def recur(
@@ -184,8 +193,3 @@ class CosFormer2(LinearMixer):
 
     def finish(self, output: Float[Tensor, "b t h v"], hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t h v"]:
         return self.normed(output * torch.sigmoid(self.gate_proj(hidden)).view_as(output))
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    fast, slow = x.chunk(2, dim=-1)
-    return torch.cat([(fast * cos).to(x.dtype), (fast * sin).to(x.dtype), slow], dim=-1)

@@ -1,0 +1,256 @@
+"""Associative recall: accuracy of every mixer and of hybrids, against attention alone, over learning rates and pairs.
+
+Multi-query associative recall (arXiv 2312.04927): rows of 256 tokens begin with 4, 16 or 64 pairs of a key and a value,
+and ask for each key once more. Models have width 64, no feed-forward and two blocks; hybrids 3:1 and 7:1 have four and
+eight, and stand beside the linear mixer alone at four. One model a mixer and learning rate, since recurrent models
+learn in a narrow window of rates (arXiv 2508.19029), trained side by side on the same rows. The rate is chosen on
+validation rows; accuracies are of test rows.
+
+    seqlong bench mqar                               everything, a process a mixer, many at once
+    seqlong bench mqar --minutes 6 --log FILE        what does not get all its steps is said so by name
+    seqlong bench mqar --only "Mamba2;KDA" --rates 1e-3,1e-2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER))
+
+from _recall import Setting, models, train  # noqa: E402
+
+# kernels.py beside this script is not PyPI's package of that name, which transformers looks for.
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != FOLDER]
+
+import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from seqlong.bench import Row, main  # noqa: E402
+
+PREFIX = "@@"
+PEER = "Attention"
+Found = dict[str, list[dict[str, Any]]]  # model -> one result a learning rate
+
+
+# --- many jobs at once ------------------------------------------------------------------------------------------------
+
+
+def _child(job: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    setting = Setting(**{**job["setting"], "pairs": tuple(job["setting"]["pairs"])})
+    device = torch.device(job["device"])
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    for result in train(job["model"], setting, job["rates"], device, job["seconds"], job["graph"], say):
+        print(PREFIX + json.dumps(result), flush=True)
+
+
+def _run(job: dict[str, Any], patience: float) -> tuple[list[dict[str, Any]], str]:
+    """Results of a job in a process of its own, or why there are none."""
+    command = [sys.executable, __file__, "--child", json.dumps(job)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate(timeout=patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return [], f"no result within {patience:.0f} s"
+    found = [json.loads(line[len(PREFIX) :]) for line in out.splitlines() if line.startswith(PREFIX)]
+    if len(found) == len(job["rates"]):
+        return found, ""
+    said = [line for line in err.strip().splitlines() if line.strip()]
+    return [], f"status {process.returncode}: {said[-1][:300] if said else 'no word'}"
+
+
+def gather(
+    names: list[str], setting: Setting, rates: list[float], device: str, jobs: int, minutes: float, graph: bool,
+    log: Path | None = None,
+) -> Found:  # fmt: skip
+    """Run one job a model, ``jobs`` at once, and share the time that is left among those that wait.
+
+    A job that fails with CUDA graphs is tried again without. One that fails then is named on stderr and left out.
+    """
+    waiting: Queue[tuple[str, bool]] = Queue()
+    for name in names:
+        waiting.put((name, graph))
+    deadline = time.monotonic() + 60 * minutes
+    found: Found = {}
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                try:
+                    name, recorded = waiting.get_nowait()
+                except Empty:
+                    return
+                waves = -(-(waiting.qsize() + 1) // jobs)
+            seconds = (deadline - time.monotonic()) / waves
+            # Starting, compiling kernels and the last evaluation take time too.
+            training = max(1.0, seconds - min(45.0, 0.25 * seconds))
+            job = {"model": name, "setting": asdict(setting), "rates": rates, "device": device,
+                   "seconds": training, "graph": recorded}  # fmt: skip
+            begin = time.monotonic()
+            results, why = _run(job, max(60.0, 1.5 * seconds))
+            with lock:
+                if results:
+                    found[name] = results
+                    best = max(results, key=lambda one: one["validation"])
+                    accuracy = ", ".join(f"{value:.3f}" for value in best["test"])
+                    print(f"{name}: {accuracy} at {best['lr']:g}, {best['steps']} steps, "
+                          f"{time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
+                    if log is not None:
+                        with log.open("a") as file:
+                            file.writelines(json.dumps({**one, "graph": recorded}) + "\n" for one in results)
+                else:
+                    again = recorded and device == "cuda"
+                    print(f"{name} failed{', tried again without CUDA graphs' if again else ''}: {why}",
+                          file=sys.stderr, flush=True)  # fmt: skip
+                    if again:
+                        waiting.put((name, False))
+
+    threads = [threading.Thread(target=work) for _ in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {name: found[name] for name in names if name in found}
+
+
+# --- what is reported -------------------------------------------------------------------------------------------------
+
+
+def best(results: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(results, key=lambda one: one["validation"])
+
+
+def rows(found: Found, setting: Setting) -> Iterator[Row]:
+    """Accuracy at the best rate by pairs, the mean of pairs at every rate, and the state behind it."""
+    attention = best(found[PEER]) if PEER in found else None
+    for place, pairs in enumerate(setting.pairs):
+        what = f"accuracy, {pairs} pairs, {setting.length} tokens"
+        theirs = attention["test"][place] if attention else None
+        yield Row("chance", what, setting.chance, "accuracy", PEER if attention else None, theirs)
+        for name, results in found.items():
+            ours = best(results)
+            if name != PEER or attention is None:
+                label = name if not ours["late"] else f"{name} ({ours['steps']:,} of {setting.steps:,} steps)"
+                yield Row(label, what, ours["test"][place], "accuracy", PEER if attention else None, theirs)
+    for name, results in found.items():
+        kept = best(results)["state_bytes"] / 1024
+        theirs = attention["state_bytes"] / 1024 if attention else None
+        yield Row(name, f"state of a row of {setting.length} tokens, all blocks", kept, "KiB", PEER, theirs)
+    for name, results in found.items():
+        for one in results:
+            mean = sum(one["test"]) / len(one["test"])
+            yield Row(f"{name}, learning rate {one['lr']:g}", "mean accuracy by learning rate", mean, "accuracy")
+
+
+def draw(found: Found, setting: Setting, figure: Figure) -> None:
+    """Accuracy by pairs and by rate as tables of colour, and against the bytes of the state."""
+    names = sorted(found, key=lambda name: -sum(best(found[name])["test"]))
+    rates = sorted({one["lr"] for results in found.values() for one in results})
+    figure.set_size_inches(14, 1.8 + max(0.27 * len(names), 3.2))
+    figure.set_facecolor("white")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1.0, 1.0, 2.1])
+    by_pairs = [best(found[name])["test"] for name in names]
+    at = {name: {one["lr"]: sum(one["test"]) / len(one["test"]) for one in found[name]} for name in names}
+    by_rate = [[at[name].get(rate, float("nan")) for rate in rates] for name in names]
+    for axis, values, columns, title in (
+        (left, by_pairs, [str(pairs) for pairs in setting.pairs], "accuracy by pairs, best rate"),
+        (middle, by_rate, [f"{rate:g}" for rate in rates], "mean accuracy by learning rate"),
+    ):
+        axis.imshow(values, aspect="auto", cmap="Blues", vmin=0, vmax=1.15)
+        for y, line in enumerate(values):
+            for x, value in enumerate(line):
+                axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                          color="white" if value > 0.7 else "#14191f")  # fmt: skip
+        axis.set_xticks(range(len(columns)), columns, fontsize=8)
+        axis.set_yticks(range(len(names)), names if axis is left else [], fontsize=8.5)
+        axis.set_title(title, fontsize=9.5, loc="left")
+        axis.tick_params(length=0)
+    for number, name in enumerate(names):
+        result = best(found[name])
+        kind = "hybrid" if "+" in name else "attention" if name.startswith("Attention") else "linear"
+        colour = {"hybrid": "#c2410c", "attention": "#14191f", "linear": "#1767b3"}[kind]
+        x, y = result["state_bytes"] / 1024, result["test"][-1]
+        right.scatter(x, y, color=colour, s=22, zorder=3)
+        up = 5 if number % 2 else -10
+        right.annotate(name, (x, y), xytext=(4, up), textcoords="offset points", fontsize=7, color=colour)
+    right.axhline(setting.chance, color="#5d6772", linewidth=0.8, linestyle="--")
+    right.annotate("chance", (0.99, setting.chance), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                   fontsize=7.5, color="#5d6772")  # fmt: skip
+    right.set_xscale("log", base=2)
+    right.margins(x=0.22)
+    right.set_ylim(-0.05, 1.08)
+    right.set_title(f"accuracy at {setting.pairs[-1]} pairs against KiB of state, all blocks", fontsize=9.5, loc="left")
+    right.grid(color="#e4e7ea", linewidth=0.7)
+    for axis in (left, middle, right):
+        for side in ("top", "right", "bottom", "left"):
+            axis.spines[side].set_visible(axis is right and side in ("bottom", "left"))
+    figure.suptitle(
+        f"Multi-query associative recall: rows of {setting.length} tokens, width {setting.width}, "
+        f"at most {setting.steps:,} steps of {setting.batch_size} rows",
+        fontsize=12, fontweight="bold", x=0.01, ha="left",
+    )  # fmt: skip
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=lambda text: [part.strip() for part in text.split(";")],
+                        help="models, separated by ;")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=30, help="for all models together")
+    # A recorded step needs little of a core, but all of the GPU's attention: more processes than cores are welcome.
+    at_once = len(os.sched_getaffinity(0)) * (2 if torch.cuda.is_available() else 1)
+    parser.add_argument("--jobs", type=int, default=at_once, help=f"processes at once ({at_once})")
+    parser.add_argument("--rates", default="1e-3,3e-3,1e-2", help="learning rates")
+    parser.add_argument("--pairs", default="4,16,64", help="of key and value in a row")
+    for name in ("length", "vocab_size", "width", "batch_size", "steps", "eval_rows"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Setting, name))
+    parser.add_argument("--precision", choices=("bf16", "float32"), help="bf16 on a GPU, where nothing is said")
+    parser.add_argument("--no-graph", action="store_true", help="launch every kernel, without CUDA graphs")
+    parser.add_argument("--log", type=Path, help="append every result, one JSON a line")
+    parser.add_argument("--list", action="store_true", help="name the models and stop")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _main() -> None:
+    given = _arguments()
+    if given.child:
+        return _child(json.loads(given.child))
+    known = list(models())
+    if given.list:
+        return print("\n".join(known))
+    names = given.only or known
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"no model is named {unknown[0]!r}; there are: {'; '.join(known)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    setting = Setting(
+        tuple(int(pairs) for pairs in given.pairs.split(",")), given.length, given.vocab_size, given.width,
+        given.batch_size, given.steps, eval_rows=given.eval_rows,
+        bf16=given.precision == "bf16" or (given.precision is None and device == "cuda"),
+    )  # fmt: skip
+    # The deepest first: they take longest.
+    names = sorted(names, key=lambda name: -len(models()[name][0]))
+    rates = [float(rate) for rate in given.rates.split(",")]
+    found = gather(names, setting, rates, device, given.jobs, given.minutes, not given.no_graph, given.log)
+    main("mqar", rows(found, setting), lambda _, figure: draw(found, setting, figure))
+
+
+if __name__ == "__main__":
+    _main()
