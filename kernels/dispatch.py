@@ -12,10 +12,17 @@ import os
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
 VARIABLE = "SEQLONG_KERNELS"
+#: What ops that go along a row have.
+ALONG_A_ROW = {
+    "triton": "Triton kernels on this GPU",
+    "chunked": "matrix products over chunks in torch, any device",
+    "reference": "float64 loop over tokens",
+}
 _announced: set[tuple[str, str, str]] = set()
 
 
@@ -58,3 +65,29 @@ def choose(op: str, offered: dict[str, str], preferred: str, forced: str | None 
         _announced.add(key)
         log.info("%s runs as %s: %s", op, choice.implementation, choice.reason)
     return choice
+
+
+def without_triton(offered: dict[str, str], obstacle: str) -> dict[str, str]:
+    """What an op offers where its Triton kernels do not serve, and why they do not."""
+    return {"chunked": f"{offered['chunked']} ({obstacle})", "reference": offered["reference"]}
+
+
+def choose_along_a_row(op: str, v: Tensor, obstacle: str | None, forced: str | None = None) -> Choice:
+    """``choose`` for an op that goes along a row.
+
+    Args:
+        op: name of the op.
+        v: its values.
+        obstacle: why its Triton kernels cannot serve; None if they can.
+        forced: the caller's demand.
+
+    Raises:
+        ValueError: the forced implementation cannot serve, or does not exist.
+    """
+    if obstacle is None:
+        # Tensor cores have no float32: plain torch, with tf32 or without as its user set it, is as good there.
+        best = v.is_cuda and v.dtype != torch.float32
+        return choose(op, ALONG_A_ROW, "triton" if best else "chunked", forced)
+    if forced == "triton":
+        raise ValueError(f"{op} cannot run in Triton: {obstacle}")
+    return choose(op, without_triton(ALONG_A_ROW, obstacle), "chunked", forced)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: Triton's interpreter runs kernels on the CPU, slowly: for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -15,11 +19,20 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MIN_CAPABILITY = (8, 0)
 
 
+def constant_when_traced(function: F) -> F:
+    """``torch.compiler.assume_constant_result`` without the second that its import of torch's compiler takes.
+
+    A compiler that traces a call of ``function`` runs it, and keeps the answer.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # all that torch does; a test compares
+    return function
+
+
 #: Found once: a compiler cannot trace the search.
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _capability(index: int | None) -> tuple[int, int]:
     """Of a GPU; of the current one if None. To a compiler it is a number, not code to trace."""
     return _capability_of(torch.cuda.current_device() if index is None else index)

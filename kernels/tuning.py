@@ -34,7 +34,7 @@ import torch
 
 from seqlong import __version__
 from seqlong.errors import SeqlongError, located
-from seqlong.kernels.runtime import INTERPRETED
+from seqlong.kernels.runtime import INTERPRETED, constant_when_traced
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def parse_key(text: str) -> tuple[torch.dtype, dict[str, int], set[str]]:
     return types[first], {m[1]: int(m[2]) for _, m in found if m}, {word for word, m in found if not m}
 
 
-@torch.compiler.assume_constant_result  # a compiler that traces the op runs this, and keeps the answer
+@constant_when_traced
 def settle(op: str, key: str, default: Config, device: torch.device | str, check: Check | None = None) -> Config | None:
     """The configuration to run ``op`` with: tuned if there is one, else ``default``; None if neither is right here.
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from seqlong.kernels import tuning
-from seqlong.kernels.scalar_decay import plan, scalar_decay, ssd
+from seqlong.kernels.plans import power
+from seqlong.kernels.scalar_decay import scalar_decay, ssd
 
 OPS = {"scalar_decay": scalar_decay, "ssd": ssd}
 #: Largest relative error (root mean square) of a result. In float32 a gate in a chunk with many starts has 1e-4 of its
@@ -71,8 +72,8 @@ class Case:
     def cut(self, **settings: int) -> AbstractContextManager[None]:
         """Run with these settings of the plan; ``programs_per_sm=0`` makes one segment a row."""
         q, v = (self.learned[name] for name in (("q", "v") if self.op == "scalar_decay" else ("c", "x")))
-        widths = plan.power(q.shape[3]), plan.power(v.shape[3])
-        name = plan._asked(v.dtype, *widths, q.shape[2] != v.shape[2], self.op == "ssd")[1]
+        shared = self.op != "ssd" and q.shape[2] != v.shape[2]
+        name = tuning.key(v.dtype, k=power(q.shape[3]), v=power(v.shape[3]), shared=shared)
         return tuning.using(self.op, settings, name)
 
 

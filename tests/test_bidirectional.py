@@ -133,9 +133,7 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def small_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 16 and as many segments as the row can have."""
-    monkeypatch.setattr(bidirectional, "settled", lambda q, v: replace(bidirectional.default(v.dtype), chunk=16))
-    module = pytest.importorskip("seqlong.kernels.scalar_decay.triton_bidirectional")
-    monkeypatch.setattr(module, "settled", bidirectional.settled)
+    monkeypatch.setattr(bidirectional.PLANS, "settled", lambda q, v: replace(bidirectional.default(v.dtype), chunk=16))
 
 
 def distances(given: list[Tensor], starts: Tensor | None, device: str, **options: bool) -> list[float]:

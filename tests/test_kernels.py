@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.utils._python_dispatch
 from torch import Tensor
 
-from seqlong.kernels import dispatch
+from seqlong.kernels import dispatch, tuning
 from seqlong.kernels.attention import attention
 from seqlong.kernels.attention import op as attention_op
 from seqlong.kernels.cross_entropy import linear_cross_entropy
 from seqlong.kernels.norm import gated_rms_norm, rms_norm
+from seqlong.kernels.runtime import constant_when_traced
 from seqlong.kernels.scalar_decay import chunked, scalar_decay
 from seqlong.kernels.scalar_decay.inputs import check
+from seqlong.kernels.scalar_decay.plan import Plan, settled, why_none
 from seqlong.kernels.scalar_decay.reference import scalar_decay_reference
 from seqlong.kernels.short_conv import op as conv_op
 from seqlong.kernels.short_conv import short_conv
@@ -331,3 +337,53 @@ def test_the_backward_of_blocks_touches_each_position_a_few_times_only() -> None
     with Sizes():
         out.sum().backward()
     assert sum(size >= q.numel() for size in sizes) < 64
+
+
+def test_importing_ops_does_not_import_the_compiler() -> None:
+    """It takes torch.compiler a second, which every process would pay."""
+    ops = "attention cross_entropy delta_rule dplr grouped_matmul log_linear norm rotary scalar_decay short_conv"
+    names = ", ".join(f"seqlong.kernels.{op}" for op in [*ops.split(), "vector_decay", "probes"])
+    program = f"import sys; import {names}; print([name for name in sys.modules if name.startswith('torch._dynamo')])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_compiler_keeps_the_answer_of_what_is_marked_constant() -> None:
+    asked = []
+
+    def answer() -> int:
+        asked.append("a compiler that traced this would leave it to the graph")
+        return len(asked)
+
+    by_torch = torch.compiler.assume_constant_result(lambda: None)
+    assert constant_when_traced(answer).__dict__ == by_torch.__dict__  # what a compiler looks at is torch's affair
+    compiled = torch.compile(lambda x: x * answer(), backend="eager", fullgraph=True)
+    assert [compiled(torch.ones(())).item() for _ in range(2)] == [1, 1] and len(asked) == 1
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's file of configurations, in a process that has settled nothing yet."""
+    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "own.json"))
+    tuning.forget()
+    yield tmp_path / "own.json"
+    tuning.forget()
+
+
+def test_plans_are_the_tuned_ones_and_a_compiler_can_ask_for_them(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, v = torch.randn(1, 5, 1, 40), torch.randn(1, 5, 2, 8)
+    tuned = {"scalar_decay": {"fp32 k64 v16 shared": {"run": 7}}, "ssd": {"fp32 k64 v16": {"run": 9}}}
+    own.write_text(json.dumps(tuned))
+    assert [settled(q, v, ssd=ssd).run for ssd in (False, True)] == [7, 9]
+    assert settled(q.repeat(1, 1, 2, 1), v, ssd=False).run == Plan().run
+
+    def ask(q: Tensor) -> tuple[Tensor, list[str | None]]:
+        return q + 1, [why_none(q, v, ssd=ssd) for ssd in (False, True)]
+
+    assert torch.compile(ask, backend="eager", fullgraph=True)(q)[1] == [None, None]
+    monkeypatch.setattr(tuning, "settle", lambda op, *_: None if op == "ssd" else {"run": 7})
+    torch.compiler.reset()
+    found = torch.compile(ask, backend="eager", fullgraph=True)(q)[1]
+    assert found[0] is None and "no configuration of the Triton kernels" in str(found[1])
+    with pytest.raises(RuntimeError, match="no configuration of ssd's Triton kernels is right"):
+        settled(q, v, ssd=True)

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from delta_cases import Case, agree, make
 
 from seqlong.kernels import runtime, tuning
-from seqlong.kernels.delta_rule import plan
+from seqlong.kernels.plans import power
 
 # The interpreter computes what a mask then throws away: powers of the future, infinity times zero.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -44,7 +44,7 @@ def poisoned_memory() -> Iterator[None]:
 def cut(case: Case, **settings: int) -> AbstractContextManager[None]:
     """Run with these settings of the plan; ``programs_per_sm=0`` makes one segment a row."""
     q, v = case.learned["q"], case.learned["v"]
-    name = plan._asked(v.dtype, plan.power(q.shape[3]), plan.power(v.shape[3]))[1]
+    name = tuning.key(v.dtype, k=power(q.shape[3]), v=power(v.shape[3]))
     return tuning.using("delta_rule", {"programs_per_sm": 0, **settings}, name)
 
 

@@ -14,7 +14,7 @@ from test_dplr import GATES, agree, draw, in_double, results
 
 from seqlong.kernels import runtime, tuning
 from seqlong.kernels.dplr import dplr
-from seqlong.kernels.dplr import plan as dplr_plan
+from seqlong.kernels.plans import power
 
 # The interpreter computes what a mask then throws away: powers of the future, infinity less infinity.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -71,7 +71,7 @@ def test_it_is_its_definition(
     exact = results(in_double(inputs), starts=starts, implementation="reference")
     moved = {name: x.detach().to(device).requires_grad_() for name, x in inputs.items()}
     options: dict[str, Any] = {"starts": starts if starts is None else starts.to(device)}
-    name = dplr_plan._asked(dtype, dplr_plan.power(sizes[3]), dplr_plan.power(sizes[4]))[1]
+    name = tuning.key(dtype, k=power(sizes[3]), v=power(sizes[4]))
     with tuning.using("dplr", {"chunk": chunk, "value_tile": 16}, name):
         found = results(moved, **options, implementation="triton")
     agree({n: x.cpu() for n, x in found.items()}, exact, EXACT[dtype])

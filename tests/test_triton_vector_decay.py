@@ -14,7 +14,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from test_vector_decay import Case, agree, make
 
 from seqlong.kernels import runtime, tuning
-from seqlong.kernels.vector_decay import plan, vector_decay
+from seqlong.kernels.plans import power
+from seqlong.kernels.vector_decay import vector_decay
 
 # The interpreter computes what a mask then throws away: powers of the future, infinity times zero.
 pytestmark = [
@@ -40,7 +41,7 @@ def poisoned_memory() -> Iterator[None]:
 def cut(case: Case, **settings: int) -> AbstractContextManager[None]:
     """Run with these settings of the plan; ``programs_per_sm=0`` makes one segment a row."""
     q, v = case.learned["q"], case.learned["v"]
-    name = plan.asked(v.dtype, plan.power(q.shape[3]), plan.power(v.shape[3]))[1]
+    name = tuning.key(v.dtype, k=power(q.shape[3]), v=power(v.shape[3]))
     return tuning.using("vector_decay", settings, name)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seqlong.kernels import tuning
 from seqlong.kernels.cross_entropy.reference import linear_cross_entropy_reference
-from seqlong.kernels.dispatch import choose
+from seqlong.kernels.dispatch import choose, without_triton
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
 
@@ -214,7 +214,7 @@ def linear_cross_entropy(
     launch, obstacle = _config(hidden, weight.shape[0])
     offered, preferred = OFFERED, "triton" if hidden.is_cuda else "chunked"
     if obstacle is not None:
-        offered = {"chunked": f"{OFFERED['chunked']} ({obstacle})", "reference": OFFERED["reference"]}
+        offered = without_triton(OFFERED, obstacle)
         preferred = "chunked"
     choice = choose("linear_cross_entropy", offered, preferred, implementation)
     if choice.implementation == "reference":

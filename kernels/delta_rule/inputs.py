@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from seqlong.kernels.inputs import four_axes, heads_of_groups, one_type, shaped, token_marks
 
 #: What becomes of beta before it is used, in the order in which ops know them by number.
 BETA = ("none", "sigmoid", "double_sigmoid")
@@ -29,50 +30,35 @@ def check(
     initial_state: Tensor | None = None,
 ) -> None:
     """Raise a ValueError that names the argument, what was found and what was expected; shapes as in the README."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(f"{op} needs {name} with four axes and a floating type, found {_said(x)}")
+    four_axes(op, {"q": q, "k": k, "v": v})
     (rows, length, groups, width), (heads, value_width) = q.shape, v.shape[2:]
-    if not groups or heads % groups:
-        raise ValueError(f"{op} needs heads divisible by groups, found {heads} heads, {groups} groups")
-    if k.dtype != q.dtype:
-        raise ValueError(f"{op} needs q and k of one type, found {q.dtype} and {k.dtype}")
-    _expect(op, "k", k, (rows, length, groups, width))
-    _expect(op, "v", v, (rows, length, heads, value_width))
-    _expect(op, "beta", beta, (rows, length, heads))
+    heads_of_groups(op, heads, groups)
+    one_type(op, ("q", q), ("k", k))
     one_of(op, "beta_activation", beta_activation, BETA)
     one_of(op, "gate_activation", gate_activation, GATE)
-    by_channel = gate is not None and gate.dim() == 4
-    if gate is not None:
-        _expect(op, "gate", gate, (rows, length, heads, width) if by_channel else (rows, length, heads))
     if gate_activation == "softplus":
         if gate is None or rate is None:
             missing = "gate" if gate is None else "rate"
             raise ValueError(f"{op} needs {missing} for gate_activation='softplus', found None")
-        _expect(op, "rate", rate, (heads,))
-        if gate_bias is not None:
-            _expect(op, "gate_bias", gate_bias, (heads, width) if by_channel and gate_bias.dim() == 2 else (heads,))
     elif rate is not None or gate_bias is not None:
         found = "rate" if rate is not None else "gate_bias"
         raise ValueError(f"{op} uses {found} with gate_activation='softplus' only, found it with '{gate_activation}'")
-    if initial_state is not None:
-        _expect(op, "initial_state", initial_state, (rows, heads, width, value_width))
-    if starts is not None:
-        _expect(op, "starts", starts, (rows, length))
-        if starts.dtype != torch.bool:
-            raise ValueError(f"{op} needs starts of type bool, found {starts.dtype}")
+    by_channel = gate is not None and gate.dim() == 4
+    bias_by_channel = by_channel and gate_bias is not None and gate_bias.dim() == 2
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "k": (k, (rows, length, groups, width)),
+        "v": (v, (rows, length, heads, value_width)),
+        "beta": (beta, (rows, length, heads)),
+        "gate": (gate, (rows, length, heads, width) if by_channel else (rows, length, heads)),
+        "rate": (rate, (heads,)),
+        "gate_bias": (gate_bias, (heads, width) if bias_by_channel else (heads,)),
+        "initial_state": (initial_state, (rows, heads, width, value_width)),
+    }
+    shaped(op, expected)
+    token_marks(op, {"starts": starts}, (rows, length))
 
 
 def one_of(op: str, name: str, value: str, known: Sequence[str]) -> None:
     """Raise a ValueError if ``value`` is not one of the known words."""
     if value not in known:
         raise ValueError(f"{op} needs {name} to be one of {', '.join(known)}, found '{value}'")
-
-
-def _expect(op: str, name: str, x: Tensor, shape: Sequence[int]) -> None:
-    if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{op} needs {name} of shape {tuple(shape)}, found {_said(x)}")
-
-
-def _said(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"

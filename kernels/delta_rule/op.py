@@ -9,16 +9,12 @@ from torch import Tensor
 from seqlong.kernels.delta_rule.activations import log_decays, weights
 from seqlong.kernels.delta_rule.chunked import delta_rule_chunked
 from seqlong.kernels.delta_rule.inputs import BETA, check
-from seqlong.kernels.delta_rule.plan import candidates, works
+from seqlong.kernels.delta_rule.plan import PLANS, candidates
 from seqlong.kernels.delta_rule.reference import delta_rule_reference
-from seqlong.kernels.dispatch import Choice, choose
+from seqlong.kernels.dispatch import ALONG_A_ROW, choose_along_a_row
 from seqlong.kernels.runtime import triton_runs_on
 
-OFFERED = {
-    "triton": "Triton kernels on this GPU",
-    "chunked": "matrix products over chunks in torch, any device",
-    "reference": "float64 loop over tokens",
-}
+OFFERED = ALONG_A_ROW
 #: Configurations that `seqlong doctor --tune` measures, the default first.
 CANDIDATES = candidates()
 #: Widest keys and values that the Triton kernels hold on chip.
@@ -41,18 +37,6 @@ def why_not_triton(q: Tensor, v: Tensor, gate: Tensor | None) -> str | None:
     if not v.numel() or not q.numel():
         return "an empty input"
     return None
-
-
-def _choose(q: Tensor, v: Tensor, gate: Tensor | None, implementation: str | None) -> Choice:
-    reason = why_not_triton(q, v, gate)
-    if reason is None and not works(q, v):
-        reason = "no configuration of the Triton kernels passed its check on this GPU"
-    if reason is None:
-        return choose("delta_rule", OFFERED, "triton" if v.is_cuda else "chunked", implementation)
-    if implementation == "triton":
-        raise ValueError(f"delta_rule cannot run in Triton: {reason}")
-    offered = {"chunked": f"{OFFERED['chunked']} ({reason})", "reference": OFFERED["reference"]}
-    return choose("delta_rule", offered, "chunked", implementation)
 
 
 def delta_rule(
@@ -104,7 +88,8 @@ def delta_rule(
     """
     check("delta_rule", q, k, v, beta, gate, beta_activation=beta_activation, gate_activation=gate_activation,
           rate=rate, gate_bias=gate_bias, starts=starts, initial_state=initial_state)  # fmt: skip
-    choice = _choose(q, v, gate, implementation)
+    obstacle = why_not_triton(q, v, gate) or PLANS.why_none(q, v)
+    choice = choose_along_a_row("delta_rule", v, obstacle, implementation)
     if choice.implementation == "reference":
         return delta_rule_reference(
             q, k, v, beta, gate, normalize=normalize, beta_activation=beta_activation, gate_activation=gate_activation,

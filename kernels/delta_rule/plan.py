@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from seqlong.kernels import tuning
-from seqlong.kernels.scalar_decay.plan import power
+from seqlong.kernels.plans import Cut, Plans
 
 #: Tokens of a chunk: four blocks of 16, whose inverses are merged.
 CHUNK = 64
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Cut):
     """One configuration; none depends on the length or the batch.
 
     Attributes:
@@ -38,11 +36,6 @@ class Plan:
     local: int = 8
     keys: int = 4
 
-    def launch(self, kernel: str) -> dict[str, int]:
-        """Launch arguments of a walk: warps, and stages of its loop."""
-        value = getattr(self, kernel)
-        return {"num_warps": value // 10, "ST": value % 10}
-
 
 def default(dtype: torch.dtype, k: int, v: int) -> Plan:
     """Safe on any GPU with 99 KiB of shared memory, the fastest nowhere; k and v are the tiles of the widths."""
@@ -52,31 +45,7 @@ def default(dtype: torch.dtype, k: int, v: int) -> Plan:
     return Plan(value_tile=min(v, 64), states=41, forward=41, adjoint=41)
 
 
-def settled(q: Tensor, v: Tensor) -> Plan | None:
-    """The plan for a call's type, widths and device: a tuned one, else the default; None if neither is right here."""
-    config = tuning.settle(*_asked(v.dtype, power(q.shape[3]), power(v.shape[3])), v.device)
-    return None if config is None else _plan(tuple(config.items()))
-
-
-def works(q: Tensor, v: Tensor) -> bool:
-    """Whether there is a plan; this, unlike the plan itself, a compiler can ask while it traces."""
-    return _works(v.dtype, power(q.shape[3]), power(v.shape[3]), v.device)
-
-
-@torch.compiler.assume_constant_result
-def _works(dtype: torch.dtype, k: int, v: int, device: torch.device) -> bool:
-    return tuning.settle(*_asked(dtype, k, v), device) is not None
-
-
-@lru_cache
-def _asked(dtype: torch.dtype, k: int, v: int) -> tuple[str, str, tuning.Config]:
-    """Op, key and default settings."""
-    return "delta_rule", tuning.key(dtype, k=k, v=v), dict(asdict(default(dtype, k, v)))
-
-
-@lru_cache
-def _plan(settings: tuple[tuple[str, int], ...]) -> Plan:
-    return Plan(**dict(settings))
+PLANS = Plans("delta_rule", default)
 
 
 def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
@@ -96,5 +65,5 @@ def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
             replace(first, states=42, forward=42, adjoint=42, local=4),
             replace(first, states=42, forward=42, adjoint=42, prepare=8),
         ]
-        found[tuning.key(torch.bfloat16, k=k, v=v)] = [dict(asdict(plan)) for plan in tried]
+        found[tuning.key(torch.bfloat16, k=k, v=v)] = [asdict(plan) for plan in tried]
     return {"delta_rule": found}

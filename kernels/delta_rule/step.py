@@ -9,6 +9,7 @@ from torch import Tensor
 from seqlong.kernels.delta_rule.activations import log_decays, normalized, weights
 from seqlong.kernels.delta_rule.chunked import delta_rule_chunked
 from seqlong.kernels.delta_rule.inputs import BETA, check
+from seqlong.kernels.inputs import token_marks
 from seqlong.kernels.precision import accumulation, as_written
 
 
@@ -46,8 +47,7 @@ def delta_rule_step(
     """
     check("delta_rule_step", q, k, v, beta, gate, beta_activation=beta_activation, gate_activation=gate_activation,
           rate=rate, gate_bias=gate_bias, starts=starts, initial_state=state)  # fmt: skip
-    if padding is not None and padding.shape != q.shape[:2]:
-        raise ValueError(f"delta_rule_step needs padding of shape {tuple(q.shape[:2])}, found {tuple(padding.shape)}")
+    token_marks("delta_rule_step", {"padding": padding}, q.shape[:2])
     return _step(q, k, v, beta, gate, state, normalize, BETA.index(beta_activation), rate, gate_bias, starts, padding)
 
 

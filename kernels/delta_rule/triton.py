@@ -1,4 +1,4 @@
-"""delta_rule in Triton, for no gate or one a head: the op, its gradient, and the launches of both.
+"""delta_rule in Triton: the op, its gradient, and the launches of both; triton_by_channel.py has those of KDA alone.
 
 Forward: ``products`` and ``invert`` prepare every chunk at once; a ``walk`` of all segments from zero, together with
 what each segment does to a state (columns of the identity walk along), and ``scan`` find the states that enter the
@@ -9,111 +9,46 @@ transitions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from seqlong.kernels.delta_rule import triton_backward, triton_forward, triton_inverse
-from seqlong.kernels.delta_rule.plan import CHUNK, Plan, settled
+from seqlong.kernels.delta_rule import triton_backward, triton_by_channel, triton_forward, triton_inverse
+from seqlong.kernels.delta_rule.plan import CHUNK
+from seqlong.kernels.delta_rule.triton_launch import (
+    Prepared,
+    Sizes,
+    by_head,
+    by_token,
+    readable,
+    sizes,
+    strides,
+)
+from seqlong.kernels.plans import processors
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import use_allocator
-from seqlong.kernels.scalar_decay.plan import power, processors, segments
 
 LOG2E = 1.4426950408889634
 #: log2 of a decay that is zero in float32; no decay is below it, so that sums over a chunk keep their digits.
 RESET = -160.0
 
 
-class _Sizes(NamedTuple):
-    """Everything a launch is cut by; K, V are widths, KB, VB the tiles that hold them, R heads share a group."""
-
-    B: int
-    T: int
-    G: int
-    H: int
-    R: int
-    K: int
-    V: int
-    KB: int
-    VB: int
-    NC: int
-    NS: int
-    CPS: int
-    BV: int
-    plan: Plan
-
-    @property
-    def tile(self) -> dict[str, int]:
-        return {"K": self.K, "V": self.V, "KB": self.KB, "VB": self.VB, "BV": self.BV}
-
-    @property
-    def walks(self) -> tuple[int]:
-        return (self.H * (self.VB // self.BV) * self.NS * self.B,)
-
-    @property
-    def chunks(self) -> tuple[int]:
-        return (self.H * self.NC * self.B,)
-
-
-def _sizes(q: Tensor, v: Tensor) -> _Sizes:
-    rows, length = q.shape[:2]  # symbols where a compiler traces them; heads and widths never are
-    groups, width, heads, value_width = map(int, (*q.shape[2:], *v.shape[2:]))
-    plan = settled(q, v)
-    if plan is None:  # the public function asks first, and does not come here
-        raise RuntimeError("no configuration of delta_rule's Triton kernels is right on this machine")
-    k_tile, v_tile = power(width), power(value_width)
-    value_tile = min(plan.value_tile, k_tile, v_tile)
-    chunks = -(-length // CHUNK)
-    count, each = 1, chunks
-    if isinstance(length, int) and isinstance(rows, int):  # no shape that a graph sees depends on it
-        count, each = segments(q, chunks, rows * heads * (v_tile // value_tile), plan.programs_per_sm)
-    return _Sizes(
-        rows, length, groups, heads, heads // groups, width, value_width, k_tile, v_tile, chunks, count, each,
-        value_tile, plan,
-    )  # fmt: skip
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride()[:3]  # type: ignore[return-value]
-
-
-def _readable(x: Tensor) -> Tensor:
-    """x as kernels read it: one channel after another."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _by_head(x: Tensor, z: _Sizes) -> Tensor:
-    """(b t h) -> (b h n·C), float32, zero past the end."""
-    out = x.new_zeros(z.B, z.H, z.NC * CHUNK, dtype=torch.float32)
-    out[:, :, : z.T] = x.transpose(1, 2)
-    return out
-
-
-class _Prepared(NamedTuple):
-    weight: Tensor
-    total: Tensor
-    rq: Tensor
-    rk: Tensor
-    inverse: Tensor
-    scores: Tensor
-
-
-def _prepare(q: Tensor, k: Tensor, weight: Tensor, log_decay: Tensor | None, normalize: bool, z: _Sizes) -> _Prepared:
-    w = _by_head(weight, z)
-    g = w if log_decay is None else _by_head((log_decay.float() * LOG2E).clamp_(min=RESET), z)
+def _prepare(q: Tensor, k: Tensor, weight: Tensor, log_decay: Tensor | None, normalize: bool, z: Sizes) -> Prepared:
+    if log_decay is not None and log_decay.dim() == 4:
+        return triton_by_channel.prepare(q, k, weight, log_decay, normalize, z)
+    w = by_head(weight, z)
+    g = w if log_decay is None else by_head((log_decay.float() * LOG2E).clamp_(min=RESET), z)
     total, rq, rk = (torch.empty_like(w) for _ in range(3))
     inverse, scores = (q.new_empty(z.B, z.H, z.NC, CHUNK, CHUNK) for _ in range(2))
     erase = torch.empty_like(inverse, dtype=torch.float32)  # what is inverted keeps its digits
     triton_forward.products[z.chunks](
-        q, k, g, total, rq, rk, scores, erase, z.T, z.H, z.R, z.NC, *_strides(q), *_strides(k), K=z.K, KB=z.KB,
+        q, k, g, total, rq, rk, scores, erase, z.T, z.H, z.R, z.NC, *strides(q), *strides(k), K=z.K, KB=z.KB,
         NORM=normalize, GATED=log_decay is not None, num_warps=z.plan.prepare,
     )  # fmt: skip
     triton_inverse.invert[z.chunks](w, erase, inverse, num_warps=1)
-    return _Prepared(w, total, rq, rk, inverse, scores)
+    return Prepared(q, k, k, w, total, rq, rk, inverse, scores, None)
 
 
-def _scan(states: Tensor, moves: Tensor, edge: Tensor | None, z: _Sizes, adjoint: bool) -> None:
+def _scan(states: Tensor, moves: Tensor, edge: Tensor | None, z: Sizes, adjoint: bool) -> None:
     tile = {**z.tile, "BV": 16}
     triton_forward.scan[(z.B * z.H, z.VB // 16)](
         states, moves, states if edge is None else edge, z.NS, **tile, EDGE=edge is not None, ADJOINT=adjoint,
@@ -121,7 +56,7 @@ def _scan(states: Tensor, moves: Tensor, edge: Tensor | None, z: _Sizes, adjoint
     )  # fmt: skip
 
 
-def _moves(v: Tensor, z: _Sizes) -> Tensor:
+def _moves(v: Tensor, z: Sizes) -> Tensor:
     """Room for what every segment does to a state (b h s k k). No segment is made that it would not hold, so that its
     size depends on the GPU and on heads, not on the length."""
     return v.new_empty(z.plan.programs_per_sm * processors(v) // (z.VB // z.BV), z.KB, z.KB, dtype=torch.float32)
@@ -146,30 +81,29 @@ def delta_rule_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output (b t h v), final state (b h k v); for the backward pass Ṽ, the states before chunks, moves of segments."""
     use_allocator()
-    q, k, v = _readable(q), _readable(k), _readable(v)
-    z = _sizes(q, v)
+    q, k, v = readable(q), readable(k), readable(v)
+    z = sizes(q, v)
     ready = _prepare(q, k, weight, log_decay, normalize, z)
     edge = None if initial_state is None else initial_state.float().contiguous()
     output, final = v.new_empty(z.B, z.T, z.H, z.V), ready.total.new_empty(z.B, z.H, z.K, z.V)
     fresh, kept, moves = _kept(v, z, keep)
     entry, how = (final, 0) if edge is None else (edge, 2)
-    numbers = (z.T, z.H, z.R, z.NC, z.NS, z.CPS, *_strides(q), *_strides(k), *_strides(v))
     if z.NS > 1:
         entry, how = ready.total.new_empty(z.B * z.H, z.NS, z.VB, z.KB), 1
         moves = moves if keep else _moves(v, z)
         triton_forward.walk[(z.H * ((z.KB + z.VB) // z.BV) * z.NS * z.B,)](
-            q, k, k, v, *ready, entry, v, v, v, moves, moves, *numbers, **z.tile, ENTRY=0, SEGMENT=True, KEEP=False,
-            CHANNEL=False, **z.plan.launch("states"),
+            *ready.read_by(v), entry, v, v, v, moves, moves, *ready.numbers(v, z), **z.tile, ENTRY=0, SEGMENT=True,
+            KEEP=False, CHANNEL=ready.channel, **z.plan.launch("states"),
         )  # fmt: skip
         _scan(entry, moves, edge, z, adjoint=False)
     triton_forward.walk[z.walks](
-        q, k, k, v, *ready, entry, output, fresh, kept, final, final, *numbers, **z.tile, ENTRY=how, SEGMENT=False,
-        KEEP=keep, CHANNEL=False, **z.plan.launch("forward"),
+        *ready.read_by(v), entry, output, fresh, kept, final, final, *ready.numbers(v, z), **z.tile, ENTRY=how,
+        SEGMENT=False, KEEP=keep, CHANNEL=ready.channel, **z.plan.launch("forward"),
     )  # fmt: skip
     return output, final, fresh, kept, moves if keep else v.new_empty(0, dtype=torch.float32)
 
 
-def _kept(v: Tensor, z: _Sizes, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _kept(v: Tensor, z: Sizes, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     if not keep:
         return v.new_empty(0), v.new_empty(0), v.new_empty(0, dtype=torch.float32)
     return v.new_empty(z.B, z.T, z.H, z.V), v.new_empty(z.B, z.NC, z.H, z.VB, z.KB), _moves(v, z)
@@ -177,7 +111,7 @@ def _kept(v: Tensor, z: _Sizes, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 @delta_rule_triton.register_fake
 def _(q, k, v, weight, log_decay, initial_state, normalize, keep):  # type: ignore[no-untyped-def]
-    z = _sizes(q, v)
+    z = sizes(q, v)
     final = v.new_empty(z.B, z.H, z.K, z.V, dtype=torch.float32)
     return v.new_empty(z.B, z.T, z.H, z.V), final, *_kept(v, z, keep)
 
@@ -202,30 +136,34 @@ def delta_rule_triton_backward(
     moves: Tensor,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, weight (b t h), log_decay (b t h, empty if there is none) and the initial state."""
+    """Gradients of q, k, v, weight (b t h), log_decay (empty if there is none) and the initial state."""
     use_allocator()
-    q, k, v, go = (_readable(x) for x in (q, k, v, grad_output.to(v.dtype)))
-    z = _sizes(q, v)
+    q, k, v, go = (readable(x) for x in (q, k, v, grad_output.to(v.dtype)))
+    z = sizes(q, v)
     ready = _prepare(q, k, weight, log_decay, normalize, z)
-    w, total, rq, rk, inverse, scores = ready
+    w, total, rq, rk, inverse, scores = ready[3:9]
     edge = None if grad_final is None else grad_final.float().contiguous()
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    dweight, dgate = torch.empty_like(total), torch.empty_like(total)
-    dinitial, dkept = total.new_empty(z.B, z.H, z.K, z.V), torch.empty_like(kept)
+    dv, dkept = v.new_empty(v.shape), torch.empty_like(kept)
+    dinitial = total.new_empty(z.B, z.H, z.K, z.V)
     entry, how = (total, 0) if edge is None else (edge, 2)
-    on_q, on_k, on_v, on_go = (_strides(x) for x in (q, k, v, go))
-    numbers = (z.T, z.H, z.R, z.NC, z.NS, z.CPS, *on_q, *on_k, *on_go)
+    common = {**z.tile, "CHANNEL": ready.channel}
     if z.NS > 1:
         entry, how = total.new_empty(z.B * z.H, z.NS, z.VB, z.KB), 1
         triton_backward.adjoint[z.walks](
-            q, k, k, go, *ready, entry, dv, dkept, dinitial, *numbers, **z.tile, ENTRY=0, SEGMENT=True, CHANNEL=False,
+            *ready.read_by(go), entry, dv, dkept, dinitial, *ready.numbers(go, z), **common, ENTRY=0, SEGMENT=True,
             **z.plan.launch("states"),
         )  # fmt: skip
         _scan(entry, moves, edge, z, adjoint=True)
     triton_backward.adjoint[z.walks](
-        q, k, k, go, *ready, entry, dv, dkept, dinitial, *numbers, **z.tile, ENTRY=how, SEGMENT=False, CHANNEL=False,
+        *ready.read_by(go), entry, dv, dkept, dinitial, *ready.numbers(go, z), **common, ENTRY=how, SEGMENT=False,
         **z.plan.launch("adjoint"),
     )  # fmt: skip
+    if ready.channel:
+        dq, dk, dweight, dgate = triton_by_channel.gradients(q, k, v, go, ready, kept, dkept, fresh, dv, normalize, z)
+        return dq, dk, dv, by_token(dweight, z), dgate, dinitial
+    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
+    dweight, dgate = torch.empty_like(total), torch.empty_like(total)
+    on_q, on_k, on_v, on_go = (strides(x) for x in (q, k, v, go))
     gated = log_decay is not None
     # The inverses and scores have been read: what goes through the products of q and k takes their place.
     triton_backward.local[z.chunks](
@@ -236,26 +174,21 @@ def delta_rule_triton_backward(
         q, k, go, total, rq, rk, kept, dkept, fresh, dv, inverse, scores, dq, dk, z.T, z.H, z.R, z.NC, *on_q, *on_k,
         *on_go, **z.tile, NORM=normalize, num_warps=z.plan.keys,
     )  # fmt: skip
-    of_gate = _by_token(dgate, z) if gated else total.new_empty(0)
-    return dq, dk, dv, _by_token(dweight, z), of_gate, dinitial
-
-
-def _by_token(x: Tensor, z: _Sizes) -> Tensor:
-    return x[:, :, : z.T].transpose(1, 2).contiguous()
+    of_gate = by_token(dgate, z) if gated else total.new_empty(0)
+    return dq, dk, dv, by_token(dweight, z), of_gate, dinitial
 
 
 @delta_rule_triton_backward.register_fake
 def _(grad_output, grad_final, q, k, v, weight, log_decay, fresh, kept, moves, normalize):  # type: ignore[no-untyped-def]
     (rows, length, heads, value_width), width = v.shape, q.shape[3]
-    total = v.new_empty(0, dtype=torch.float32)
-    by_token = total.new_empty(rows, length, heads)
+    none = v.new_empty(0, dtype=torch.float32)
     return (
         q.new_empty(q.shape),
         k.new_empty(k.shape),
         v.new_empty(v.shape),
-        by_token,
-        total if log_decay is None else torch.empty_like(by_token),
-        total.new_empty(rows, heads, width, value_width),
+        none.new_empty(rows, length, heads),
+        none if log_decay is None else none.new_empty(log_decay.shape),
+        none.new_empty(rows, heads, width, value_width),
     )
 
 
@@ -293,10 +226,5 @@ def run(
     """Output and final state; what the backward pass needs is kept only if there will be one."""
     inputs = (q, k, v, weight, log_decay, initial_state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    if log_decay is not None and log_decay.dim() == 4:
-        from seqlong.kernels.delta_rule.triton_by_channel import delta_rule_triton_channel
-
-        output, final, *_ = delta_rule_triton_channel(*inputs, normalize, keep)
-        return output, final
     output, final, *_ = delta_rule_triton(*inputs, normalize, keep)
     return output, final

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from seqlong.kernels.delta_rule.triton_forward import C, entering, factors, leaving, rows_of, square
+from seqlong.kernels.triton_pieces import segment_of_program
 
 
 @triton.jit(do_not_specialize=["T", "H", "R", "NC", "NS", "CPS"])
@@ -21,15 +22,7 @@ def adjoint(q, k, late, go, weight, total, rq, rk, inverse, scores, entry, dr, d
 
     dR goes to ``dr`` (b t h v), G after each chunk to ``dkept`` (b n h v k).
     """
-    pid = tl.program_id(0)
-    h = pid % H
-    r = pid // H
-    iv = r % (VB // BV)
-    r = r // (VB // BV)
-    s = r % NS
-    row = (r // NS).to(tl.int64)
-    first = s * CPS
-    n = tl.minimum(CPS, NC - first)
+    h, iv, s, row, first, n = segment_of_program(H, NC, NS, CPS, VB // BV)
     index = row * H + h
     base = index * (NC * C).to(tl.int64)
     q += row * sqb + (h // R) * sqh

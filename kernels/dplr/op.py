@@ -6,18 +6,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqlong.kernels.dispatch import Choice, choose
+from seqlong.kernels.dispatch import ALONG_A_ROW, choose_along_a_row
 from seqlong.kernels.dplr.chunked import dplr_chunked
-from seqlong.kernels.dplr.plan import candidates, works
+from seqlong.kernels.dplr.plan import PLANS, candidates
 from seqlong.kernels.dplr.reference import dplr_reference
+from seqlong.kernels.inputs import four_axes, shaped, token_marks
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
 
-OFFERED = {
-    "triton": "Triton kernels on this GPU",
-    "chunked": "matrix products over chunks in torch, any device",
-    "reference": "float64 loop over tokens",
-}
+OFFERED = ALONG_A_ROW
 
 #: Widest heads that the Triton kernels hold on chip.
 WIDEST = 64
@@ -40,20 +37,6 @@ def why_not_triton(q: Tensor, *others: Tensor) -> str | None:
     return None
 
 
-def _choose(implementation: str | None, *inputs: Tensor) -> Choice:
-    q, _, v = inputs[:3]
-    reason = why_not_triton(*inputs)
-    if reason is None and not works(q, v):
-        reason = "no configuration of the Triton kernels passed its check on this GPU"
-    if reason is None:
-        best = v.is_cuda and v.dtype != torch.float32
-        return choose("dplr", OFFERED, "triton" if best else "chunked", implementation)
-    if implementation == "triton":
-        raise ValueError(f"dplr cannot run in Triton: {reason}")
-    offered = {"chunked": f"{OFFERED['chunked']} ({reason})", "reference": OFFERED["reference"]}
-    return choose("dplr", offered, "chunked", implementation)
-
-
 def check(
     op: str,
     q: Tensor,
@@ -66,29 +49,18 @@ def check(
     marks: dict[str, Tensor | None],
 ) -> None:
     """Raise a ValueError that names the argument, what was found and what was expected."""
-    for name, x in (("q", q), ("v", v)):
-        if x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(f"{op} needs {name} with four axes and a floating type, found {_said(x)}")
+    four_axes(op, {"q": q, "v": v})
     rows, length, heads, width = q.shape
-    shapes: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-        ("k", k, tuple(q.shape)),
-        ("v", v, (rows, length, heads, v.shape[3])),
-        ("a", a, tuple(q.shape)),
-        ("b", b, tuple(q.shape)),
-        ("log_decay", log_decay, tuple(q.shape)),
-        (*state, (rows, heads, width, v.shape[3])),
-        *((name, x, (rows, length)) for name, x in marks.items()),
-    ]
-    for name, found, shape in shapes:
-        if found is not None and tuple(found.shape) != shape:
-            raise ValueError(f"{op} needs {name} of shape {shape}, found {_said(found)}")
-    for name, found in marks.items():
-        if found is not None and found.dtype != torch.bool:
-            raise ValueError(f"{op} needs {name} of type bool, found {found.dtype}")
-
-
-def _said(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "k": (k, q.shape),
+        "v": (v, (rows, length, heads, v.shape[3])),
+        "a": (a, q.shape),
+        "b": (b, q.shape),
+        "log_decay": (log_decay, q.shape),
+        state[0]: (state[1], (rows, heads, width, v.shape[3])),
+    }
+    shaped(op, expected)
+    token_marks(op, marks, (rows, length))
 
 
 def dplr(
@@ -131,7 +103,8 @@ def dplr(
     Source: arXiv 2503.14456.
     """
     check("dplr", q, k, v, a, b, log_decay, ("initial_state", initial_state), {"starts": starts})
-    choice = _choose(implementation, q, k, v, a, b)
+    obstacle = why_not_triton(q, k, v, a, b) or PLANS.why_none(q, v)
+    choice = choose_along_a_row("dplr", v, obstacle, implementation)
     if choice.implementation == "reference":
         return dplr_reference(q, k, v, a, b, log_decay, starts, initial_state, reverse)
     if reverse:

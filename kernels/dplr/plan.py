@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from seqlong.kernels import tuning
-from seqlong.kernels.scalar_decay.plan import power
+from seqlong.kernels.plans import Cut, Plans
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Cut):
     """One configuration; none depends on the length or the batch.
 
     Attributes:
@@ -38,31 +36,7 @@ def default(dtype: torch.dtype, k: int, v: int) -> Plan:
                 walk=41 if dtype == torch.float32 else 42)  # fmt: skip
 
 
-def settled(q: Tensor, v: Tensor) -> Plan | None:
-    """The plan for a call's type, widths and device: a tuned one, else the default; None if neither is right here."""
-    config = tuning.settle(*_asked(v.dtype, power(q.shape[3]), power(v.shape[3])), v.device)
-    return None if config is None else _plan(tuple(config.items()))
-
-
-def works(q: Tensor, v: Tensor) -> bool:
-    """Whether there is a plan; this, unlike the plan itself, a compiler can ask while it traces."""
-    return _works(v.dtype, power(q.shape[3]), power(v.shape[3]), v.device)
-
-
-@torch.compiler.assume_constant_result
-def _works(dtype: torch.dtype, k: int, v: int, device: torch.device) -> bool:
-    return tuning.settle(*_asked(dtype, k, v), device) is not None
-
-
-@lru_cache
-def _asked(dtype: torch.dtype, k: int, v: int) -> tuple[str, str, tuning.Config]:
-    """Op, key and default settings."""
-    return "dplr", tuning.key(dtype, k=k, v=v), dict(asdict(default(dtype, k, v)))
-
-
-@lru_cache
-def _plan(settings: tuple[tuple[str, int], ...]) -> Plan:
-    return Plan(**dict(settings))
+PLANS = Plans("dplr", default)
 
 
 def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
@@ -78,4 +52,4 @@ def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
         replace(first, chunk=16),
         replace(first, chunk=64, matrix_warps=8, output_warps=8, read_warps=8),
     ]
-    return {"dplr": {tuning.key(torch.bfloat16, k=64, v=64): [dict(asdict(plan)) for plan in tried]}}
+    return {"dplr": {tuning.key(torch.bfloat16, k=64, v=64): [asdict(plan) for plan in tried]}}

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqlong.kernels.dplr.plan import Plan, power, settled
+from seqlong.kernels.dplr.plan import PLANS, Plan
 from seqlong.kernels.dplr.triton_backward import column_gradients, reads, row_gradients
 from seqlong.kernels.dplr.triton_kernels import matrices, outputs, walk
+from seqlong.kernels.plans import power
 from seqlong.kernels.precision import as_written
 
 
@@ -34,9 +35,7 @@ class _Call(NamedTuple):
 
 
 def _call(q: Tensor, v: Tensor, starts: Tensor | None) -> _Call:
-    plan = settled(q, v)
-    if plan is None:
-        raise RuntimeError("dplr: no configuration of the Triton kernels passed its check on this GPU")
+    plan = PLANS.settled(q, v)
     (rows, length, heads, k), value = q.shape, v.shape[3]
     tiles = {"K": k, "V": value, "C": plan.chunk, "KB": power(k), "VB": power(value)}
     return _Call(rows, length, heads, -(-length // plan.chunk), tiles, plan, starts is not None)
@@ -69,7 +68,7 @@ def _walk(steps: list[Tensor], initial: Tensor | None, kept: Tensor, final: Tens
     walk[(tiles["VB"] // tile, call.rows * call.heads)](
         *steps, final if initial is None else initial.float().contiguous(), kept, final, call.chunks,
         **{name: tiles[name] for name in ("K", "V", "KB", "VB")}, BV=tile, INITIAL=initial is not None,
-        ADJOINT=adjoint, ST=plan.walk % 10, num_warps=plan.walk // 10,
+        ADJOINT=adjoint, **plan.launch("walk"),
     )  # fmt: skip
 
 

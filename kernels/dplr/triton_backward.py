@@ -16,6 +16,7 @@ from seqlong.kernels.dplr.triton_kernels import (
     sums,
     write,
 )
+from seqlong.kernels.triton_pieces import chunk_of_program
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
@@ -23,12 +24,7 @@ def reads(q, k, v, a, b, gate, starts, inverses, states, adjoints, grad, values,
           K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
           STARTS: tl.constexpr):  # fmt: skip
     """One chunk: what a reads (``values``, C VB), its gradient before the inverse (``received``), and that of v."""
-    pid = tl.program_id(0)
-    n = pid % N
-    h = (pid // N) % H
-    row = (pid // N // H).to(tl.int64)
-    t0 = (n * C).to(tl.int64)
-    index = (row * H + h) * N + n
+    _, h, row, t0, index = chunk_of_program(H, N, C)
     type = k.dtype.element_ty
     total, before, whole = sums(gate, row, h, t0, T, H, K, C, KB)
     mark, segment = segments(starts, row, t0, T, C, STARTS)
@@ -99,12 +95,7 @@ def row_gradients(q, k, v, a, b, gate, starts, states, grad, values, received, g
                   K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
                   STARTS: tl.constexpr):  # fmt: skip
     """One chunk's gradients of q and a; ``grad_g`` gets what rows change of the running sum of the log-decay."""
-    pid = tl.program_id(0)
-    n = pid % N
-    h = (pid // N) % H
-    row = (pid // N // H).to(tl.int64)
-    t0 = (n * C).to(tl.int64)
-    index = (row * H + h) * N + n
+    _, h, row, t0, index = chunk_of_program(H, N, C)
     type = k.dtype.element_ty
     total, before, _ = sums(gate, row, h, t0, T, H, K, C, KB)
     _, segment = segments(starts, row, t0, T, C, STARTS)
@@ -143,12 +134,7 @@ def column_gradients(q, k, v, a, b, gate, starts, states, adjoints, final, grad,
                      K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
                      STARTS: tl.constexpr):  # fmt: skip
     """One chunk's gradients of k and b, and of the log-decay, of which ``grad_g`` holds the rows' part."""
-    pid = tl.program_id(0)
-    n = pid % N
-    h = (pid // N) % H
-    row = (pid // N // H).to(tl.int64)
-    t0 = (n * C).to(tl.int64)
-    index = (row * H + h) * N + n
+    n, h, row, t0, index = chunk_of_program(H, N, C)
     type = k.dtype.element_ty
     total, before, whole = sums(gate, row, h, t0, T, H, K, C, KB)
     mark, segment = segments(starts, row, t0, T, C, STARTS)

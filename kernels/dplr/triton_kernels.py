@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from seqlong.kernels.triton_pieces import chunk_of_program
+
 #: The strongest gate that is told apart; see above.
 STRONGEST = tl.constexpr(-20.0)
 #: Tokens of a piece that one product scaled to its middle serves.
@@ -132,12 +134,7 @@ def matrices(q, k, v, a, b, gate, starts, grad, inverses, turns, adds, carries, 
 
     ADJOINT: add is that of the step back, (v k): what the output's gradient adds to the state's before the chunk.
     """
-    pid = tl.program_id(0)
-    n = pid % N
-    h = (pid // N) % H
-    row = (pid // N // H).to(tl.int64)
-    t0 = (n * C).to(tl.int64)
-    index = (row * H + h) * N + n
+    _, h, row, t0, index = chunk_of_program(H, N, C)
     type = k.dtype.element_ty
     total, before, whole = sums(gate, row, h, t0, T, H, K, C, KB)
     mark, segment = segments(starts, row, t0, T, C, STARTS)
@@ -238,12 +235,7 @@ def outputs(q, k, v, a, b, gate, starts, inverses, states, o, T, H, N,
             K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
             STARTS: tl.constexpr):  # fmt: skip
     """The output of one chunk, from the state before it."""
-    pid = tl.program_id(0)
-    n = pid % N
-    h = (pid // N) % H
-    row = (pid // N // H).to(tl.int64)
-    t0 = (n * C).to(tl.int64)
-    index = (row * H + h) * N + n
+    _, h, row, t0, index = chunk_of_program(H, N, C)
     type = k.dtype.element_ty
     total, before, _ = sums(gate, row, h, t0, T, H, K, C, KB)
     mark, segment = segments(starts, row, t0, T, C, STARTS)

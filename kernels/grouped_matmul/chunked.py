@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqlong.kernels.runtime import constant_when_traced
+
 #: torch >= 2.10 has the public name; both are the same function.
 _GROUPED_MM = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
@@ -89,7 +91,7 @@ def _even(x: Tensor, axis: int) -> Tensor:
     return x if dense and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
-@torch.compiler.assume_constant_result  # a compiler that traces the op runs this, and keeps the answer
+@constant_when_traced
 def why_not_grouped_mm(device: torch.device, dtype: torch.dtype) -> str | None:
     """None if grouped_mm gives the right results here, else the reason why it is not used."""
     if _GROUPED_MM is None:
@@ -101,7 +103,7 @@ def why_not_grouped_mm(device: torch.device, dtype: torch.dtype) -> str | None:
     return _verdict(device, dtype)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def is_one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether grouped_mm is one kernel on this GPU: only from Hopper on; before, it is a loop that waits."""
     return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)

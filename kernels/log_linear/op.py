@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqlong.kernels.dispatch import choose
+from seqlong.kernels.inputs import four_axes, heads_of_groups, said, shaped, token_marks
 from seqlong.kernels.log_linear.chunked import log_linear_chunked
 from seqlong.kernels.log_linear.levels import Fenwick, buckets
 from seqlong.kernels.log_linear.reference import log_linear_reference
@@ -30,37 +31,25 @@ def check(
     marks: dict[str, Tensor | None],
 ) -> None:
     """Raise a ValueError that names the argument, what was found and what was expected."""
-    for name, x in (("q", q), ("v", v), ("levels", levels)):
-        if x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(f"{op} needs {name} with four axes and a floating type, found {_said(x)}")
+    four_axes(op, {"q": q, "v": v, "levels": levels})
     (rows, length, groups, width), (heads, value_width) = q.shape, v.shape[2:]
-    if not groups or heads % groups:
-        raise ValueError(f"{op} needs heads divisible by groups, found {heads} heads, {groups} groups")
+    heads_of_groups(op, heads, groups)
     if levels.shape[3] < 1:
-        raise ValueError(f"{op} needs at least one level, found {_said(levels)}")
+        raise ValueError(f"{op} needs at least one level, found {said(levels)}")
     stack = buckets(levels.shape[3])
-    shapes: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-        ("k", k, tuple(q.shape)),
-        ("v", v, (rows, length, heads, value_width)),
-        ("log_decay", log_decay, (rows, length, heads)),
-        ("levels", levels, (rows, length, heads, levels.shape[3])),
-        ("beta", beta, (rows, length, heads)),
-        ("states", None if state is None else state[0], (rows, heads, stack, width, value_width)),
-        ("tokens", None if state is None else state[1], (rows,)),
-        *((name, x, (rows, length)) for name, x in marks.items()),
-    ]
-    for name, found, shape in shapes:
-        if found is not None and tuple(found.shape) != shape:
-            raise ValueError(f"{op} needs {name} of shape {shape}, found {_said(found)}")
-    for name, found in marks.items():
-        if found is not None and found.dtype != torch.bool:
-            raise ValueError(f"{op} needs {name} of type bool, found {found.dtype}")
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "k": (k, q.shape),
+        "v": (v, (rows, length, heads, value_width)),
+        "log_decay": (log_decay, (rows, length, heads)),
+        "levels": (levels, (rows, length, heads, levels.shape[3])),
+        "beta": (beta, (rows, length, heads)),
+        "states": (None if state is None else state[0], (rows, heads, stack, width, value_width)),
+        "tokens": (None if state is None else state[1], (rows,)),
+    }
+    shaped(op, expected)
+    token_marks(op, marks, (rows, length))
     if state is not None and state[1].dtype != torch.int64:
         raise ValueError(f"{op} needs tokens of type int64, found {state[1].dtype}")
-
-
-def _said(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
 
 def log_linear(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from seqlong.kernels.dispatch import choose
+from seqlong.kernels.dispatch import choose, without_triton
 from seqlong.kernels.norm.reference import gated_rms_norm_reference, rms_norm_reference
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
@@ -34,7 +34,7 @@ def _offered(x: Tensor, width: int) -> tuple[dict[str, str], str]:
         obstacle = f"the Triton kernels hold rows of {TRITON_WIDTH}, not {width}"
     if obstacle is None:
         return OFFERED, "triton" if x.is_cuda else "chunked"
-    return {"chunked": f"{OFFERED['chunked']} ({obstacle})", "reference": OFFERED["reference"]}, "chunked"
+    return without_triton(OFFERED, obstacle), "chunked"
 
 
 def rms_norm(

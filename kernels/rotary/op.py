@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from seqlong.kernels.dispatch import choose
+from seqlong.kernels.dispatch import choose, without_triton
 from seqlong.kernels.precision import accumulation
 from seqlong.kernels.rotary.reference import rotary_reference
 from seqlong.kernels.runtime import triton_runs_on
@@ -33,7 +33,7 @@ def _offered(x: Tensor) -> tuple[dict[str, str], str]:
         obstacle = f"the Triton kernel holds heads of {TRITON_WIDTH}, not {x.shape[-1]}"
     if obstacle is None:
         return OFFERED, "triton" if x.is_cuda else "chunked"
-    return {"chunked": f"{OFFERED['chunked']} ({obstacle})", "reference": OFFERED["reference"]}, "chunked"
+    return without_triton(OFFERED, obstacle), "chunked"
 
 
 def rotary(

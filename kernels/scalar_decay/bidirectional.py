@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -11,23 +10,28 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqlong.kernels import tuning
-from seqlong.kernels.dispatch import Choice, choose
+from seqlong.kernels.dispatch import ALONG_A_ROW, choose_along_a_row
+from seqlong.kernels.plans import Plans
 from seqlong.kernels.precision import accumulation
 from seqlong.kernels.scalar_decay.chunked import scalar_decay_chunked
 from seqlong.kernels.scalar_decay.inputs import check
-from seqlong.kernels.scalar_decay.op import OFFERED, scalar_decay, why_not_triton
-from seqlong.kernels.scalar_decay.plan import Plan, power, works
+from seqlong.kernels.scalar_decay.op import scalar_decay, why_not_triton
+from seqlong.kernels.scalar_decay.plan import Plan, why_none
 from seqlong.kernels.scalar_decay.reference import bidirectional_decay_reference, last_tokens
 
+OFFERED = ALONG_A_ROW
 #: Widest heads for which one walk holds both readings; wider ones, and heads that share q and k, are read twice.
 WIDEST_AT_ONCE = 64
 
 
-def default(dtype: torch.dtype) -> Plan:
+def default(dtype: torch.dtype, k: int = 64, v: int = 64) -> Plan:
     """Safe on any GPU with 99 KiB of shared memory; tiles are as wide as the heads, which are narrow."""
     if dtype == torch.float32:
         return Plan(chunk=32, states=41, forward=41, fused=41)
     return Plan(chunk=64, states=42, forward=42, fused=41)
+
+
+PLANS = Plans("bidirectional_decay", default)
 
 
 def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
@@ -42,7 +46,7 @@ def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
         replace(first, states=43, forward=43, fused=42, programs_per_sm=8),
     ]
     key = tuning.key(torch.bfloat16, k=64, v=64)
-    return {"bidirectional_decay": {key: [dict(asdict(plan)) for plan in tried]}}
+    return {"bidirectional_decay": {key: [asdict(plan) for plan in tried]}}
 
 
 #: Configurations that `seqlong doctor --tune` measures, the default first.
@@ -52,43 +56,6 @@ CANDIDATES = candidates()
 def at_once(q: Tensor, v: Tensor) -> bool:
     """Whether one walk serves both readings."""
     return q.shape[2] == v.shape[2] and max(q.shape[3], v.shape[3]) <= WIDEST_AT_ONCE
-
-
-def settled(q: Tensor, v: Tensor) -> Plan | None:
-    """The plan for a call's type, widths and device: a tuned one, else the default; None if neither is right here."""
-    key = tuning.key(v.dtype, k=power(q.shape[3]), v=power(v.shape[3]))
-    config = tuning.settle("bidirectional_decay", key, _settings(v.dtype), v.device)
-    return None if config is None else _plan(tuple(config.items()))
-
-
-@torch.compiler.assume_constant_result
-def _works(dtype: torch.dtype, k: int, v: int, device: torch.device) -> bool:
-    """Whether there is such a plan, as a compiler asks while it traces."""
-    return tuning.settle("bidirectional_decay", tuning.key(dtype, k=k, v=v), _settings(dtype), device) is not None
-
-
-@lru_cache
-def _settings(dtype: torch.dtype) -> tuning.Config:
-    return dict(asdict(default(dtype)))
-
-
-@lru_cache
-def _plan(settings: tuple[tuple[str, int], ...]) -> Plan:
-    return Plan(**dict(settings))
-
-
-def _choose(q: Tensor, v: Tensor, implementation: str | None) -> Choice:
-    reason = why_not_triton(q, v)
-    widths = power(q.shape[3]), power(v.shape[3])
-    if reason is None and not (_works(v.dtype, *widths, v.device) if at_once(q, v) else works(q, v, False)):
-        reason = "no configuration of the Triton kernels passed its check on this GPU"
-    if reason is None:
-        best = v.is_cuda and v.dtype != torch.float32
-        return choose("bidirectional_decay", OFFERED, "triton" if best else "chunked", implementation)
-    if implementation == "triton":
-        raise ValueError(f"bidirectional_decay cannot run in Triton: {reason}")
-    offered = {"chunked": f"{OFFERED['chunked']} ({reason})", "reference": OFFERED["reference"]}
-    return choose("bidirectional_decay", offered, "chunked", implementation)
 
 
 def bidirectional_decay(
@@ -124,7 +91,8 @@ def bidirectional_decay(
     Source: arXiv 2407.09941 (Hydra), 2502.16249 (LION).
     """
     check("bidirectional_decay", ("q", q), ("k", k), ("v", v), ("log_decay", log_decay), starts=starts)
-    choice = _choose(q, v, implementation)
+    obstacle = why_not_triton(q, v) or (PLANS.why_none(q, v) if at_once(q, v) else why_none(q, v, False))
+    choice = choose_along_a_row("bidirectional_decay", v, obstacle, implementation)
     if log_decay.dim() == 1:
         log_decay = log_decay.expand(v.shape[:3])
     if choice.implementation == "reference":

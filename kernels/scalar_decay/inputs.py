@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
+
+from seqlong.kernels.inputs import four_axes, heads_of_groups, one_type, shaped, token_marks
 
 
 def check(
@@ -19,7 +20,7 @@ def check(
     initial_state: Tensor | None = None,
     per_head: Mapping[str, Tensor | None] | None = None,
 ) -> None:
-    """Raise a ValueError that names the argument, what was found and what was expected.
+    """Raise a ValueError that names the argument, what was expected and what was found.
 
     Args:
         op: the op's name, for the message.
@@ -31,35 +32,16 @@ def check(
         initial_state: ``(b h k v)``.
         per_head: more arguments ``(h)``.
     """
-    for name, x in (q, k, v):
-        if x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(f"{op} needs {name} with four axes and a floating type, found {_said(x)}")
+    four_axes(op, dict((q, k, v)))
     (rows, length, groups, width), (heads, value_width) = q[1].shape, v[1].shape[2:]
-    if not groups or heads % groups:
-        raise ValueError(f"{op} needs heads divisible by groups, found {heads} heads, {groups} groups")
-    if k[1].dtype != q[1].dtype:
-        raise ValueError(f"{op} needs {q[0]} and {k[0]} of one type, found {q[1].dtype} and {k[1].dtype}")
-    _expect(op, *k, (rows, length, groups, width))
-    _expect(op, *v, (rows, length, heads, value_width))
-    if gate[1].dim() != 1:
-        _expect(op, *gate, (rows, length, heads))
-    else:
-        _expect(op, *gate, (heads,))
-    for name, one in (per_head or {}).items():
-        if one is not None:
-            _expect(op, name, one, (heads,))
-    if initial_state is not None:
-        _expect(op, "initial_state", initial_state, (rows, heads, width, value_width))
-    if starts is not None:
-        _expect(op, "starts", starts, (rows, length))
-        if starts.dtype != torch.bool:
-            raise ValueError(f"{op} needs starts of type bool, found {starts.dtype}")
-
-
-def _expect(op: str, name: str, x: Tensor, shape: Sequence[int]) -> None:
-    if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{op} needs {name} of shape {tuple(shape)}, found {_said(x)}")
-
-
-def _said(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+    heads_of_groups(op, heads, groups)
+    one_type(op, q, k)
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        k[0]: (k[1], (rows, length, groups, width)),
+        v[0]: (v[1], (rows, length, heads, value_width)),
+        gate[0]: (gate[1], (heads,) if gate[1].dim() == 1 else (rows, length, heads)),
+        **{name: (x, (heads,)) for name, x in (per_head or {}).items()},
+        "initial_state": (initial_state, (rows, heads, width, value_width)),
+    }
+    shaped(op, expected)
+    token_marks(op, {"starts": starts}, (rows, length))

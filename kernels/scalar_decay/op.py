@@ -7,19 +7,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqlong.kernels.dispatch import Choice, choose
+from seqlong.kernels.dispatch import ALONG_A_ROW, choose_along_a_row
 from seqlong.kernels.precision import accumulation
 from seqlong.kernels.runtime import triton_runs_on
 from seqlong.kernels.scalar_decay.chunked import scalar_decay_chunked
 from seqlong.kernels.scalar_decay.inputs import check
-from seqlong.kernels.scalar_decay.plan import candidates, power, works
+from seqlong.kernels.scalar_decay.plan import candidates, why_none
 from seqlong.kernels.scalar_decay.reference import scalar_decay_reference
 
-OFFERED = {
-    "triton": "Triton kernels on this GPU",
-    "chunked": "matrix products over chunks in torch, any device",
-    "reference": "float64 loop over tokens",
-}
+OFFERED = ALONG_A_ROW
 #: Configurations that `seqlong doctor --tune` measures, the default first.
 CANDIDATES = candidates()
 #: Widest heads that the Triton kernels hold on chip.
@@ -38,20 +34,6 @@ def why_not_triton(q: Tensor, v: Tensor) -> str | None:
     if not v.numel() or not q.numel():
         return "an empty input"
     return None
-
-
-def _choose(op: str, q: Tensor, v: Tensor, implementation: str | None) -> Choice:
-    reason = why_not_triton(q, v)
-    if reason is None and not works(q, v, op == "ssd"):
-        reason = "no configuration of the Triton kernels passed its check on this GPU"
-    if reason is None:
-        # Tensor cores have no float32: plain torch, with tf32 or without as its user set it, is as good there.
-        best = v.is_cuda and v.dtype != torch.float32
-        return choose(op, OFFERED, "triton" if best else "chunked", implementation)
-    if implementation == "triton":
-        raise ValueError(f"{op} cannot run in Triton: {reason}")
-    offered = {"chunked": f"{OFFERED['chunked']} ({reason})", "reference": OFFERED["reference"]}
-    return choose(op, offered, "chunked", implementation)
 
 
 def scalar_decay(
@@ -91,13 +73,16 @@ def scalar_decay(
     """
     check("scalar_decay", ("q", q), ("k", k), ("v", v), ("log_decay", log_decay), starts=starts,
           initial_state=initial_state)  # fmt: skip
-    choice = _choose("scalar_decay", q, v, implementation)
+    obstacle = why_not_triton(q, v) or why_none(q, v, ssd=False)
+    choice = choose_along_a_row("scalar_decay", v, obstacle, implementation)
     if log_decay.dim() == 1:
         log_decay = log_decay.expand(v.shape[:3])
     if choice.implementation == "reference":
         return scalar_decay_reference(q, k, v, log_decay, starts, initial_state, reverse)
     if choice.implementation == "triton":
-        return _triton(q, k, v, log_decay, None, None, None, starts, initial_state, reverse, recompute)
+        from seqlong.kernels.scalar_decay.triton import run
+
+        return run(q, k, v, log_decay, None, None, None, starts, initial_state, reverse, recompute)
     if reverse:
         q, k, v, log_decay = (x.flip(1) for x in (q, k, v, log_decay))
         starts = None if starts is None else starts.flip(1)
@@ -146,9 +131,12 @@ def ssd(
     """
     check("ssd", ("c", c), ("b", b), ("x", x), ("dt", dt), starts=starts, initial_state=initial_state,
           per_head={"a": a, "d": d, "dt_bias": dt_bias})  # fmt: skip
-    choice = _choose("ssd", c, x, implementation)
+    obstacle = why_not_triton(c, x) or why_none(c, x, ssd=True)
+    choice = choose_along_a_row("ssd", x, obstacle, implementation)
     if choice.implementation == "triton":
-        return _triton(c, b, x, dt, dt_bias, a, d, starts, initial_state, False, recompute)
+        from seqlong.kernels.scalar_decay.triton import run
+
+        return run(c, b, x, dt, dt_bias, a, d, starts, initial_state, False, recompute)
     kept = torch.float64 if choice.implementation == "reference" else accumulation(x.dtype)
     raw = dt.to(kept) if dt_bias is None else dt.to(kept) + dt_bias.to(kept)
     steps = F.softplus(raw)
@@ -165,36 +153,3 @@ def ssd(
     if d is not None:
         y = torch.addcmul(y, x.to(y.dtype), d.to(y.dtype)[:, None])
     return y.to(x.dtype), final.to(accumulation(x.dtype))
-
-
-def _triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    bias: Tensor | None,
-    rate: Tensor | None,
-    skip: Tensor | None,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-    reverse: bool,
-    recompute: bool,
-) -> tuple[Tensor, Tensor]:
-    """Call the Triton op on widths that it can read, and cut its results to the caller's."""
-    from seqlong.kernels.scalar_decay.triton import run
-
-    width, value_width = q.shape[3], v.shape[3]
-    per = 16 // v.element_size()
-    wide = -(-width // per) * per
-    # Several heads are read through one window onto v: a tile must not reach into the next head.
-    value_wide = power(value_width) if q.shape[2] != v.shape[2] or rate is not None else -(-value_width // per) * per
-    if wide != width:
-        q, k = (F.pad(x, (0, wide - width)) for x in (q, k))
-    if value_wide != value_width:
-        v = F.pad(v, (0, value_wide - value_width))
-    if initial_state is not None and (wide, value_wide) != (width, value_width):
-        initial_state = F.pad(initial_state, (0, value_wide - value_width, 0, wide - width))
-    output, final = run(q, k, v, gate, bias, rate, skip, starts, initial_state, reverse, recompute)
-    if (wide, value_wide) != (width, value_width):
-        output, final = output[..., :value_width], final[..., :width, :value_width]
-    return output, final

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from seqlong.kernels import tuning
-from seqlong.kernels.runtime import INTERPRETED
+from seqlong.kernels.plans import Cut, Plans
 
 #: What the forward pass keeps for the backward: nothing, or the state that enters each chunk.
 NOTHING, CHUNKS = 0, 1
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Cut):
     """One configuration; none depends on the length or the batch.
 
     Attributes:
@@ -40,21 +39,8 @@ class Plan:
     keys: int = 42
     scores: int = 43
 
-    def launch(self, kernel: str) -> dict[str, int]:
-        """Launch arguments of a kernel: warps, and stages of its loop."""
-        value = getattr(self, kernel)
-        return {"num_warps": value // 10, "ST": value % 10}
 
-
-def power(width: int | torch.SymInt) -> int:
-    """The tile that holds ``width`` columns: a power of two, at least 16 (the least of a matrix product).
-
-    A compiler that traces symbols fixes the width here: kernels are compiled for one.
-    """
-    return max(16, 1 << (int(width) - 1).bit_length())
-
-
-def default(dtype: torch.dtype, k: int, v: int, shared: bool) -> Plan:
+def default(dtype: torch.dtype, k: int, v: int, shared: bool = True) -> Plan:
     """Safe on any GPU with 99 KiB of shared memory, the fastest nowhere; k and v are the tiles of the widths."""
     wide = dtype == torch.float32
     big = max(k, v) > 128 or (wide and max(k, v) > 64)
@@ -74,60 +60,22 @@ def default(dtype: torch.dtype, k: int, v: int, shared: bool) -> Plan:
     )
 
 
-def settled(q: Tensor, v: Tensor, ssd: bool) -> Plan | None:
-    """The plan for a call's type, widths and device: a tuned one, else the default; None if neither is right here.
-
-    The first use of a plan in a process is checked, see kernels/tuning.py.
-    """
-    shared = int(q.shape[2]) != int(v.shape[2])
-    config = tuning.settle(*_asked(v.dtype, power(q.shape[3]), power(v.shape[3]), shared, ssd), v.device)
-    return None if config is None else _plan(tuple(config.items()))
+PLANS, PLANS_OF_SSD = Plans("scalar_decay", default), Plans("ssd", default)
 
 
-def works(q: Tensor, v: Tensor, ssd: bool) -> bool:
-    """Whether there is a plan; this, unlike the plan itself, a compiler can ask while it traces."""
-    widths = power(q.shape[3]), power(v.shape[3])
-    return _works(v.dtype, *widths, int(q.shape[2]) != int(v.shape[2]), ssd, v.device)
+def settled(q: Tensor, v: Tensor, ssd: bool) -> Plan:
+    """The plan of a call; see ``Plans.settled``."""
+    return PLANS_OF_SSD.settled(q, v) if ssd else PLANS.settled(q, v, shared=_shared(q, v))
 
 
-@torch.compiler.assume_constant_result
-def _works(dtype: torch.dtype, k: int, v: int, shared: bool, ssd: bool, device: torch.device) -> bool:
-    return tuning.settle(*_asked(dtype, k, v, shared, ssd), device) is not None
+def why_none(q: Tensor, v: Tensor, ssd: bool) -> str | None:
+    """None if there is a plan; see ``Plans.why_none``."""
+    return PLANS_OF_SSD.why_none(q, v) if ssd else PLANS.why_none(q, v, shared=_shared(q, v))
 
 
-@lru_cache
-def _asked(dtype: torch.dtype, k: int, v: int, shared: bool, ssd: bool) -> tuple[str, str, tuning.Config]:
-    """Op, key and default settings."""
-    name = tuning.key(dtype, k=k, v=v) if ssd else tuning.key(dtype, k=k, v=v, shared=shared)
-    return "ssd" if ssd else "scalar_decay", name, dict(asdict(default(dtype, k, v, shared or ssd)))
-
-
-@lru_cache
-def _plan(settings: tuple[tuple[str, int], ...]) -> Plan:
-    return Plan(**dict(settings))
-
-
-#: Chunks of a row that are walked sooner than two more kernels are launched, if walks keep a quarter of the GPU busy.
-SHORT = 32
-
-
-@lru_cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def processors(like: Tensor) -> int:
-    """Multiprocessors of a tensor's GPU; 2 where there is none, so that interpreted rows are cut too."""
-    return 2 if INTERPRETED or not like.is_cuda else _processors(like.device.index)
-
-
-def segments(like: Tensor, chunks: int, walks: int, programs_per_sm: int) -> tuple[int, int]:
-    """How many segments a row is cut into, and chunks in each, for ``walks`` independent walks (rows, heads, tiles)."""
-    if like.is_cuda and chunks <= SHORT and 4 * walks >= processors(like):
-        return 1, chunks
-    wanted = max(1, min(chunks, programs_per_sm * processors(like) // walks))  # one program more: one wave more
-    each = -(-chunks // wanted)
-    return -(-chunks // each), each
+def _shared(q: Tensor, v: Tensor) -> bool:
+    """Whether heads share queries and keys."""
+    return int(q.shape[2]) != int(v.shape[2])
 
 
 def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
@@ -150,5 +98,5 @@ def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
             replace(first, **{**deep, "chunk": 32}),
         ]
         name = tuning.key(bf16, k=k, v=v) if ssd else tuning.key(bf16, k=k, v=v, shared=shared)
-        found["ssd" if ssd else "scalar_decay"][name] = [dict(asdict(plan)) for plan in tried]
+        found["ssd" if ssd else "scalar_decay"][name] = [asdict(plan) for plan in tried]
     return found

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqlong.kernels.dispatch import choose
+from seqlong.kernels.dispatch import choose, without_triton
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
 
@@ -33,7 +33,7 @@ def _offered(xbc: Tensor, ssm: Tensor, differentiated: bool) -> tuple[dict[str, 
         obstacle = "the Triton kernel has no gradient"
     if obstacle is None:
         return OFFERED, "triton" if xbc.is_cuda else "chunked"
-    return {"chunked": f"{OFFERED['chunked']} ({obstacle})", "reference": OFFERED["reference"]}, "chunked"
+    return without_triton(OFFERED, obstacle), "chunked"
 
 
 def ssd_step(

@@ -10,15 +10,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
+from seqlong.kernels.launch import bytes_of, eager, readable, single, strides, untraced
+from seqlong.kernels.plans import power, segments
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import use_allocator
 from seqlong.kernels.scalar_decay import triton_backward, triton_forward
-from seqlong.kernels.scalar_decay.plan import CHUNKS, NOTHING, Plan, power, segments, settled
+from seqlong.kernels.scalar_decay.plan import CHUNKS, NOTHING, Plan, settled
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
     """Everything a launch is cut by; K, V are widths, KB, VB the tiles that hold them, R heads share a group."""
 
     B: int
@@ -46,12 +49,10 @@ class _Sizes(NamedTuple):
         return (self.H * (self.VB // self.BV) * self.NS * self.B,)
 
 
-def _sizes(q: Tensor, v: Tensor, ssd: bool) -> _Sizes:
+def _sizes(q: Tensor, v: Tensor, ssd: bool) -> Sizes:
     rows, length = q.shape[:2]  # symbols where a compiler traces them; heads and widths never are
     groups, width, heads, value_width = map(int, (*q.shape[2:], *v.shape[2:]))
     plan = settled(q, v, ssd)
-    if plan is None:  # the public function asks first, and does not come here
-        raise RuntimeError("no configuration of scalar_decay's Triton kernels is right on this machine")
     k_tile, v_tile = power(width), power(value_width)
     chunks = -(-length // plan.chunk)
     value_tile = min(plan.value_tile, v_tile)
@@ -60,7 +61,7 @@ def _sizes(q: Tensor, v: Tensor, ssd: bool) -> _Sizes:
     count, each = 1, chunks
     if isinstance(length, int) and isinstance(rows, int):  # no shape of a result depends on it, nor shall a graph
         count, each = segments(q, chunks, rows * heads * (v_tile // value_tile), plan.programs_per_sm)
-    return _Sizes(
+    return Sizes(
         rows, length, groups, heads, heads // groups, width, value_width, k_tile, v_tile, chunks, count, each,
         value_tile, min(plan.key_slice, k_tile), plan,
     )  # fmt: skip
@@ -71,50 +72,26 @@ def fused(groups: int, heads: int, k_tile: int, v_tile: int, ssd: bool) -> bool:
     return groups == heads and max(k_tile, v_tile) <= 64 and not ssd
 
 
-def _strides(x: Tensor) -> tuple[int, int]:
-    return (0 if x.shape[0] == 1 else x.stride(0)), x.stride(1)
-
-
-def _readable(x: Tensor) -> Tensor:
-    """x (b t h d) as descriptors read it: heads side by side, rows on 16 bytes; a copy only where it is not so."""
-    per = 16 // x.element_size()
-    (rows, _, heads, width), (row, token, head, one) = x.shape, x.stride()
-    side_by_side = one == 1 and (heads == 1 or head == width)
-    if rows == 1:
-        row = 0
-    aligned = x.data_ptr() % 16 == 0 and token > 0 and token % per == 0 and row % per == 0
-    return x if side_by_side and aligned else x.contiguous()
-
-
-def _float(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float().contiguous()
-
-
-def _flags(starts: Tensor) -> Tensor:
-    """starts (b t) as kernels read it, which know one stride only: a part of wider rows is copied."""
-    return starts.contiguous().view(torch.uint8)
-
-
 def _heads(heads: int, most: int) -> tuple[int, int]:
     """Heads that a program takes, a power of two, and programs; triton.cdiv costs microseconds on the host."""
     wide = min(most, 1 << (heads - 1).bit_length())
     return wide, -(-heads // wide)
 
 
-def _prepare(gate: Tensor, bias: Tensor | None, rate: Tensor | None, starts: Tensor | None, reverse: bool, z: _Sizes):  # type: ignore[no-untyped-def]
+def _prepare(gate: Tensor, bias: Tensor | None, rate: Tensor | None, starts: Tensor | None, reverse: bool, z: Sizes):  # type: ignore[no-untyped-def]
     total = gate.new_empty(z.B, z.H, z.NC * z.plan.chunk, dtype=torch.float32)
     late = torch.empty_like(total) if rate is not None else total
     wide, programs = _heads(z.H, 32)
     triton_forward.prepare[(z.NC * z.B, programs)](
         gate, total if bias is None else bias, total if rate is None else rate,
-        total if starts is None else _flags(starts), total, late, z.T, z.H, z.NC, *gate.stride(),
+        total if starts is None else bytes_of(starts), total, late, z.T, z.H, z.NC, *gate.stride(),
         C=z.plan.chunk, BH=wide, SSD=rate is not None, BIAS=bias is not None, STARTS=starts is not None, REV=reverse,
         num_warps=4,
     )  # fmt: skip
     return total, late
 
 
-def _walk(x: Tensor, y: Tensor, total: Tensor, late: Tensor, edge: Tensor | None, z: _Sizes, ssd: bool, reverse: bool,
+def _walk(x: Tensor, y: Tensor, total: Tensor, late: Tensor, edge: Tensor | None, z: Sizes, ssd: bool, reverse: bool,
           adjoint: bool) -> tuple[Tensor, int]:  # fmt: skip
     """The state that enters every segment of a walk, and how kernels find it (ENTRY)."""
     if z.NS == 1:
@@ -123,19 +100,19 @@ def _walk(x: Tensor, y: Tensor, total: Tensor, late: Tensor, edge: Tensor | None
     decays = total.new_empty(z.B * z.H, z.NS)
     if z.R % 2 == 0 and z.V == z.VB <= 64 and z.K * x.element_size() <= 256:
         triton_forward.paired_states[(z.H // 2 * z.NS * z.B,)](
-            x, y, total, late, states, decays, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *_strides(x), *_strides(y), K=z.K,
+            x, y, total, late, states, decays, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *strides(x), *strides(y), K=z.K,
             V=z.V, KB=z.KB, C=z.plan.chunk, SSD=ssd, REV=reverse, ADJOINT=adjoint, **z.plan.launch("states"),
         )  # fmt: skip
         return _scanned(states, decays, edge, z, reverse != adjoint), 1
     triton_forward.segment_states[z.walks](
-        x, y, total, late, states, decays, states, states, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *_strides(x), *_strides(y),
+        x, y, total, late, states, decays, states, states, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *strides(x), *strides(y),
         **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd, REV=reverse, ADJOINT=adjoint, ENTRY=0, KEEP=False,
         **z.plan.launch("states"),
     )  # fmt: skip
     return _scanned(states, decays, edge, z, reverse != adjoint), 1
 
 
-def _scanned(states: Tensor, decays: Tensor, edge: Tensor | None, z: _Sizes, leftward: bool) -> Tensor:
+def _scanned(states: Tensor, decays: Tensor, edge: Tensor | None, z: Sizes, leftward: bool) -> Tensor:
     block = min(128, z.KB * z.VB)
     triton_forward.scan[(z.B * z.H, z.KB * z.VB // block)](
         states, decays, states if edge is None else edge, z.NS, K=z.K, V=z.V, VB=z.VB, KV=z.KB * z.VB,
@@ -159,13 +136,13 @@ def chunk_states(
     """What the forward pass keeps for the backward, without its output: decays, delays, states entering the chunks."""
     use_allocator()
     ssd = rate is not None
-    k, v = _readable(k), _readable(v)
+    k, v = readable(k), readable(v)
     z = _sizes(q, v, ssd)
-    total, late = _prepare(gate, _float(bias), _float(rate), starts, reverse, z)
-    entry, how = _walk(k, v, total, late, _float(initial_state), z, ssd, reverse, adjoint=False)
+    total, late = _prepare(gate, single(bias), single(rate), starts, reverse, z)
+    entry, how = _walk(k, v, total, late, single(initial_state), z, ssd, reverse, adjoint=False)
     kept = k.new_empty(z.B, z.NC, z.H, z.VB, z.KB)
     triton_forward.segment_states[z.walks](
-        k, v, total, late, total, total, entry, kept, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *_strides(k), *_strides(v),
+        k, v, total, late, total, total, entry, kept, z.T, z.H, z.R, z.NC, z.NS, z.CPS, *strides(k), *strides(v),
         **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd, REV=reverse, ADJOINT=False, ENTRY=how, KEEP=True,
         **z.plan.launch("states"),
     )  # fmt: skip
@@ -194,16 +171,16 @@ def _forward(
     """
     use_allocator()
     ssd = rate is not None
-    q, k, v = _readable(q), _readable(k), _readable(v)
+    q, k, v = readable(q), readable(k), readable(v)
     z = _sizes(q, v, ssd)
-    total, late = _prepare(gate, _float(bias), _float(rate), starts, reverse, z)
-    entry, how = _walk(k, v, total, late, _float(initial_state), z, ssd, reverse, adjoint=False)
+    total, late = _prepare(gate, single(bias), single(rate), starts, reverse, z)
+    entry, how = _walk(k, v, total, late, single(initial_state), z, ssd, reverse, adjoint=False)
     output = v.new_empty(z.B, z.T, z.H, z.V) if out is None else out
     final = total.new_empty(z.B, z.H, z.K, z.V)
     kept = _kept(v, z, keep)
     triton_forward.forward[z.walks](
-        q, k, v, total, late, total if skip is None else _float(skip), entry, output, kept, final, z.T, z.H, z.R, z.NC,
-        z.NS, z.CPS, *_strides(q), *_strides(k), *_strides(v), **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd,
+        q, k, v, total, late, total if skip is None else single(skip), entry, output, kept, final, z.T, z.H, z.R, z.NC,
+        z.NS, z.CPS, *strides(q), *strides(k), *strides(v), **z.tile, BV=z.BV, C=z.plan.chunk, SSD=ssd,
         SKIP=skip is not None, ENTRY=how, KEEP=keep == CHUNKS, REV=reverse, **z.plan.launch("forward"),
     )  # fmt: skip
     if keep == NOTHING:
@@ -219,7 +196,7 @@ scalar_decay_triton = torch.library.custom_op(
 )(_forward)
 
 
-def _kept(v: Tensor, z: _Sizes, keep: int) -> Tensor:
+def _kept(v: Tensor, z: Sizes, keep: int) -> Tensor:
     """Room for the state that enters each chunk, if the backward pass is to find it."""
     return v.new_empty((z.B, z.NC, z.H, z.VB, z.KB) if keep == CHUNKS else 0)
 
@@ -263,20 +240,20 @@ def _gradients(
     """
     use_allocator()
     ssd = rate is not None
-    q, k, v, go = (_readable(x) for x in (q, k, v, grad_output.to(v.dtype)))
+    q, k, v, go = (readable(x) for x in (q, k, v, grad_output.to(v.dtype)))
     z = _sizes(q, v, ssd)
     if not ssd:
         late = total
-    initial = _float(initial_state)
-    entry, how = _walk(q, go, total, late, _float(grad_final), z, ssd, reverse, adjoint=True)
+    initial = single(initial_state)
+    entry, how = _walk(q, go, total, late, single(grad_final), z, ssd, reverse, adjoint=True)
     fresh = out or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), total.new_empty(z.B, z.T, z.H))
     dq, dk, dv, dgate = fresh
     dinitial = total.new_empty(z.B, z.H, z.K, z.V) if initial is not None else total.new_empty(0)
     common = dict(**z.tile, C=z.plan.chunk, REV=reverse)
     if fused(z.G, z.H, z.KB, z.VB, ssd):
         triton_backward.fused[(z.H * z.NS * z.B,)](
-            q, k, v, total, go, kept, entry, dq, dk, dv, dgate, dinitial, z.T, z.H, z.NC, z.NS, z.CPS, *_strides(q),
-            *_strides(k), *_strides(v), *_strides(go), **common, ENTRY=how, DINITIAL=initial is not None,
+            q, k, v, total, go, kept, entry, dq, dk, dv, dgate, dinitial, z.T, z.H, z.NC, z.NS, z.CPS, *strides(q),
+            *strides(k), *strides(v), *strides(go), **common, ENTRY=how, DINITIAL=initial is not None,
             **z.plan.launch("fused"),
         )  # fmt: skip
         if starts is not None:
@@ -284,41 +261,41 @@ def _gradients(
         return dq, dk, dv, dgate, total.new_empty(0), total.new_empty(0), dinitial
     dkept = torch.empty_like(kept)
     triton_backward.values[z.walks](
-        q, k, total, late, total if skip is None else _float(skip), go, entry, dv, dkept, dinitial, z.T, z.H, z.R, z.NC,
-        z.NS, z.CPS, *_strides(q), *_strides(k), *_strides(go), **common, BV=z.BV, SSD=ssd, SKIP=skip is not None,
+        q, k, total, late, total if skip is None else single(skip), go, entry, dv, dkept, dinitial, z.T, z.H, z.R, z.NC,
+        z.NS, z.CPS, *strides(q), *strides(k), *strides(go), **common, BV=z.BV, SSD=ssd, SKIP=skip is not None,
         ENTRY=how, DINITIAL=initial is not None, **z.plan.launch("values"),
     )  # fmt: skip
     slices = z.KB // z.BK
     shared = z.R > 1 or ssd
     anchors = total.new_empty(slices, z.B, z.H, z.NC, z.VB if shared else 1)
-    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(go))
+    all_strides = (*strides(q), *strides(k), *strides(v), *strides(go))
     if shared:
         terms, through = torch.empty_like(total), torch.empty_like(total)
         outer, across = (total.new_empty(slices, *total.shape) for _ in range(2))
         skips = torch.empty_like(total) if skip is not None else total
         scores = v.new_empty(z.B, z.NC, z.G, z.plan.chunk, z.plan.chunk)
         triton_backward.shared_scores[(z.G * z.NC * z.B,)](
-            q, k, v, total, late, go, scores, terms, through, skips, z.T, z.H, z.G, z.NC, *strides, **common, SSD=ssd,
-            SKIP=skip is not None, **z.plan.launch("scores"),
+            q, k, v, total, late, go, scores, terms, through, skips, z.T, z.H, z.G, z.NC, *all_strides, **common,
+            SSD=ssd, SKIP=skip is not None, **z.plan.launch("scores"),
         )  # fmt: skip
         triton_backward.shared_keys[(slices * z.G * z.NC * z.B,)](
             q, k, v, total, late, go, kept, dkept, scores, dq, dk, outer, across, anchors, z.T, z.H, z.G, z.NC, z.B,
-            *strides, **common, BK=z.BK, SSD=ssd, **z.plan.launch("keys"),
+            *all_strides, **common, BK=z.BK, SSD=ssd, **z.plan.launch("keys"),
         )  # fmt: skip
     else:
         terms = total.new_empty(slices, *total.shape)
         outer = through = across = skips = terms
         runs = -(-z.NC // z.plan.run)
         triton_backward.keys[(slices * z.H * runs * z.B,)](
-            q, k, v, total, go, kept, dkept, dq, dk, terms, anchors, z.T, z.H, z.NC, z.B, z.plan.run, *strides,
+            q, k, v, total, go, kept, dkept, dq, dk, terms, anchors, z.T, z.H, z.NC, z.B, z.plan.run, *all_strides,
             **common, BK=z.BK, BV=min(z.VB, 128), **z.plan.launch("keys"),
         )  # fmt: skip
     drate = total.new_empty(z.B, z.NC, z.H) if ssd else total
     dskip = torch.empty_like(drate) if skip is not None else total
     wide, programs = _heads(z.H, 16)
     triton_backward.gates[(z.NC * z.B, programs)](
-        terms, outer, through, across, skips, anchors, total, late, total if rate is None else _float(rate),
-        total if starts is None else _flags(starts), dgate, drate, dskip, z.T, z.H, z.NC, z.B, NK=slices,
+        terms, outer, through, across, skips, anchors, total, late, total if rate is None else single(rate),
+        total if starts is None else bytes_of(starts), dgate, drate, dskip, z.T, z.H, z.NC, z.B, NK=slices,
         VB=z.VB, C=z.plan.chunk, BH=wide, SHARED=shared, SSD=ssd, SKIP=skip is not None, STARTS=starts is not None,
         REV=reverse, num_warps=4,
     )  # fmt: skip
@@ -389,34 +366,7 @@ def _backward(ctx, grad_output, grad_final, *_kept):  # type: ignore[no-untyped-
 
 
 scalar_decay_triton.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _Untraced(torch.autograd.Function):
-    """The op for eager calls: torch.library's layers cost more host time than a short row takes on a GPU."""
-
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output[:2]
-
-    @staticmethod
-    def backward(ctx, grad_output, grad_final):  # type: ignore[no-untyped-def]
-        return _backward(ctx, grad_output, grad_final)
-
-
-_PLAIN = (Tensor, nn.Parameter)
-
-
-def untraced(*inputs: Tensor | None) -> bool:
-    """Whether nothing watches what runs: no compiler, mode, transform or subclass, whose word for an op is its name."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
-    ) and all(x is None or (type(x) in _PLAIN and x.device.type != "meta") for x in inputs)
+_eager = eager(_forward, _setup_context, _backward)
 
 
 def run(
@@ -432,15 +382,28 @@ def run(
     reverse: bool,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output and final state, by the shortest way: the op where something traces, else the same functions plainly."""
+    """Output and final state of inputs of any width: padded to what kernels can read, and cut to the caller's again."""
+    width, value_width = q.shape[3], v.shape[3]
+    per = 16 // v.element_size()
+    wide = -(-width // per) * per
+    # Several heads are read through one window onto v: a tile must not reach into the next head.
+    value_wide = power(value_width) if q.shape[2] != v.shape[2] or rate is not None else -(-value_width // per) * per
+    if wide != width:
+        q, k = (F.pad(x, (0, wide - width)) for x in (q, k))
+    if value_wide != value_width:
+        v = F.pad(v, (0, value_wide - value_width))
+    if initial_state is not None and (wide, value_wide) != (width, value_width):
+        initial_state = F.pad(initial_state, (0, value_wide - value_width, 0, wide - width))
     inputs = (q, k, v, gate, bias, rate, skip, starts, initial_state)
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    plain = untraced(*inputs)
+    plain = untraced(*inputs)  # then by the shortest way: not the op, but the same functions
     if needed and recompute:
-        from seqlong.kernels.scalar_decay.windows import Windows, scalar_decay_windows
+        from seqlong.kernels.scalar_decay.windows import eager_windows, scalar_decay_windows
 
-        output, final, *_ = (Windows.apply if plain else scalar_decay_windows)(*inputs, reverse)
-        return output, final
-    call = scalar_decay_triton if not plain else _Untraced.apply if needed else _forward
-    output, final, *_ = call(*inputs, reverse, CHUNKS if needed else NOTHING)
+        output, final, *_ = (eager_windows if plain else scalar_decay_windows)(*inputs, reverse)
+    else:
+        call = scalar_decay_triton if not plain else _eager if needed else _forward
+        output, final, *_ = call(*inputs, reverse, CHUNKS if needed else NOTHING)
+    if (wide, value_wide) != (width, value_width):
+        output, final = output[..., :value_width], final[..., :width, :value_width]
     return output, final

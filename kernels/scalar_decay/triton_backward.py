@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from seqlong.kernels.scalar_decay.triton_forward import entering, leaving
+from seqlong.kernels.triton_pieces import segment_of_program
 
 
 @triton.jit(do_not_specialize=["T", "H", "NC", "NS", "CPS"])
@@ -25,7 +26,7 @@ def fused(q, k, v, total, go, kept, entry, dq, dk, dv, dg, dinitial, T, H, NC, N
           sob, sot, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, C: tl.constexpr,
           ENTRY: tl.constexpr, DINITIAL: tl.constexpr, REV: tl.constexpr, ST: tl.constexpr):  # fmt: skip
     """Small heads (K, V <= 64) that share nothing: every gradient in one walk, dS on chip, S read from ``kept``."""
-    pid = tl.program_id(0)
+    pid = tl.program_id(0)  # not by segment_of_program, with which ptxas spills more here
     h = pid % H
     r = pid // H
     s = r % NS
@@ -99,15 +100,7 @@ def values(q, k, total, late, skip, go, entry, dv, dkept, dinitial, T, H, R, NC,
            SSD: tl.constexpr, SKIP: tl.constexpr, ENTRY: tl.constexpr, DINITIAL: tl.constexpr, REV: tl.constexpr,
            ST: tl.constexpr):  # fmt: skip
     """The forward kernel mirrored in time: grad v, and the dS that arrives at the end of each chunk to ``dkept``."""
-    pid = tl.program_id(0)
-    h = pid % H
-    r = pid // H
-    iv = r % (VB // BV)
-    r = r // (VB // BV)
-    s = r % NS
-    row = (r // NS).to(tl.int64)
-    first = s * CPS
-    n = tl.minimum(CPS, NC - first)
+    h, iv, s, row, first, n = segment_of_program(H, NC, NS, CPS, VB // BV)
     LAST: tl.constexpr = 0 if REV else C - 1
     STEP: tl.constexpr = 1 if REV else -1
     c = first if REV else first + n - 1

@@ -11,48 +11,47 @@ import torch
 import triton
 from torch import Tensor
 
+from seqlong.kernels.launch import bytes_of, readable, strides
+from seqlong.kernels.plans import power, segments
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import use_allocator
 from seqlong.kernels.scalar_decay import triton_bidirectional_kernels as kernels
-from seqlong.kernels.scalar_decay.bidirectional import settled
-from seqlong.kernels.scalar_decay.plan import power, segments
+from seqlong.kernels.scalar_decay.bidirectional import PLANS
 from seqlong.kernels.scalar_decay.reference import last_tokens
-from seqlong.kernels.scalar_decay.triton import _readable, _Sizes, _strides
+from seqlong.kernels.scalar_decay.triton import Sizes
 from seqlong.kernels.scalar_decay.triton_forward import prepare
 
 #: Registers of a thread of ``both_states``: a few fewer than it would take, and four programs fit a multiprocessor.
 REGISTERS: int | None = 128
 
 
-def _sizes(q: Tensor, v: Tensor) -> _Sizes:
+def _sizes(q: Tensor, v: Tensor) -> Sizes:
     (rows, length, groups, width), (heads, value_width) = q.shape, v.shape[2:]
-    plan = settled(q, v)
-    if plan is None:  # the public function asks first, and does not come here
-        raise RuntimeError("no configuration of bidirectional_decay's Triton kernels is right on this machine")
+    plan = PLANS.settled(q, v)
     k_tile, v_tile = power(width), power(value_width)
     chunks = -(-length // plan.chunk)
     count, each = segments(q, chunks, rows * heads, plan.programs_per_sm)
-    return _Sizes(
+    return Sizes(
         rows, length, groups, heads, heads // groups, width, value_width, k_tile, v_tile, chunks, count, each,
         v_tile, k_tile, plan,
     )  # fmt: skip
 
 
-def _totals(log_decay: Tensor, starts: Tensor | None, z: _Sizes) -> Tensor:
+def _totals(log_decay: Tensor, starts: Tensor | None, z: Sizes) -> Tensor:
     """Running sums (2 b h n·C) of log2 decays inside each chunk, from the left and from the right."""
     totals = log_decay.new_empty(2, z.B, z.H, z.NC * z.plan.chunk, dtype=torch.float32)
     wide = min(32, triton.next_power_of_2(z.H))
     for from_right, total in enumerate(totals):
         marks = starts if starts is None or not from_right else last_tokens(starts)
         prepare[(z.NC * z.B, triton.cdiv(z.H, wide))](
-            log_decay, total, total, total if marks is None else marks.contiguous().view(torch.uint8), total, total,
+            log_decay, total, total, total if marks is None else bytes_of(marks), total, total,
             z.T, z.H, z.NC, *log_decay.stride(), C=z.plan.chunk, BH=wide, SSD=False, BIAS=False,
             STARTS=marks is not None, REV=from_right == 1, num_warps=4,
         )  # fmt: skip
     return totals
 
 
-def _states(x: Tensor, y: Tensor, totals: Tensor, z: _Sizes, adjoint: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _states(x: Tensor, y: Tensor, totals: Tensor, z: Sizes, adjoint: bool) -> tuple[Tensor, Tensor, Tensor]:
     """States of one reading before each chunk, from the segment's edge; their shifts; states at the edges of both."""
     tile_x, tile_y = power(x.shape[3]), power(y.shape[3])
     kept = x.new_empty(z.B, z.NC, z.H, tile_x, tile_y)
@@ -61,7 +60,7 @@ def _states(x: Tensor, y: Tensor, totals: Tensor, z: _Sizes, adjoint: bool) -> t
     decays = totals.new_empty(2, z.B * z.H, z.NS)
     kernels.both_states[(z.H * z.NS * z.B,)](
         x, y, totals[0], totals[1], kept, shifts, states, decays, z.T, z.H, z.H // x.shape[2], z.H // y.shape[2], z.NC,
-        z.NS, z.CPS, *_strides(x), *_strides(y), X=x.shape[3], Y=y.shape[3], XB=tile_x, YB=tile_y, BX=tile_x,
+        z.NS, z.CPS, *strides(x), *strides(y), X=x.shape[3], Y=y.shape[3], XB=tile_x, YB=tile_y, BX=tile_x,
         C=z.plan.chunk, ADJOINT=adjoint, **z.plan.launch("states"),
         maxnreg=REGISTERS if x.element_size() == 2 else None,
     )  # fmt: skip
@@ -73,14 +72,14 @@ def _states(x: Tensor, y: Tensor, totals: Tensor, z: _Sizes, adjoint: bool) -> t
     return kept, shifts, states
 
 
-def _walk(q: Tensor, k: Tensor, v: Tensor, totals: Tensor, held: Tensor, shifts: Tensor, states: Tensor, z: _Sizes,
+def _walk(q: Tensor, k: Tensor, v: Tensor, totals: Tensor, held: Tensor, shifts: Tensor, states: Tensor, z: Sizes,
           keep: bool, out: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output, and the states of the left reading before each chunk; empty where not wanted."""
     output = v.new_empty((z.B, z.T, z.H, z.V) if out else 0)
     kept = v.new_empty((z.B, z.NC, z.H, z.VB, z.KB) if keep else 0)
     kernels.both_forward[z.walks](
         q, k, v, totals[0], totals[1], held, shifts, states, output, kept, z.T, z.H, z.R, z.NC, z.NS, z.CPS,
-        *_strides(q), *_strides(k), *_strides(v), **z.tile, BV=z.BV, C=z.plan.chunk, ENTRY=z.NS > 1, KEEP=keep,
+        *strides(q), *strides(k), *strides(v), **z.tile, BV=z.BV, C=z.plan.chunk, ENTRY=z.NS > 1, KEEP=keep,
         OUT=out, **z.plan.launch("forward"),
     )  # fmt: skip
     return output, kept
@@ -98,7 +97,7 @@ def bidirectional_decay_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output (b t h v), running decays of both readings, and with ``keep`` what the backward pass would make again."""
     use_allocator()
-    q, k, v = _readable(q), _readable(k), _readable(v)
+    q, k, v = readable(q), readable(k), readable(v)
     z = _sizes(q, v)
     totals = _totals(log_decay, starts, z)
     held, shifts, states = _states(v, k, totals, z, adjoint=False)
@@ -145,7 +144,7 @@ def bidirectional_decay_triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v in their types and of log_decay (b t h) in float32."""
     use_allocator()
-    q, k, v, go = (_readable(x) for x in (q, k, v, grad_output.to(v.dtype)))
+    q, k, v, go = (readable(x) for x in (q, k, v, grad_output.to(v.dtype)))
     z = _sizes(q, v)
     if not keep:
         held, shifts, states = _states(v, k, totals, z, adjoint=False)
@@ -156,7 +155,7 @@ def bidirectional_decay_triton_backward(
     kernels.both_fused[(z.H * z.NS * z.B,)](
         q, k, v, go, totals[0], totals[1], kept, held, shifts, states[0].to(q.dtype), dheld, dshifts,
         dstates[0].to(q.dtype), dstates, dq, dk, dv, dgate, z.T,
-        z.H, z.NC, z.NS, z.CPS, *_strides(q), *_strides(k), *_strides(v), *_strides(go), **z.tile, C=z.plan.chunk,
+        z.H, z.NC, z.NS, z.CPS, *strides(q), *strides(k), *strides(v), *strides(go), **z.tile, C=z.plan.chunk,
         ENTRY=z.NS > 1, **z.plan.launch("fused"),
     )  # fmt: skip
     if starts is not None:  # a token alone sees no decay; elsewhere the flows that are cut are zero by themselves

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from seqlong.kernels.scalar_decay.triton_forward import scan
+from seqlong.kernels.triton_pieces import segment_of_program
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def both_states(x, y, left, right, kept, shifts, states, decays, T, H, RX, RY, N
     it. Rightwards in the adjoint walk, x, y = q, grad o: the same with dR and dL. ``states`` and ``decays``: first the
     reading that is kept, then the other.
     """
-    pid = tl.program_id(0)
+    pid = tl.program_id(0)  # not by segment_of_program, with which ptxas spills more here
     h = pid % H
     p = pid // H
     ix = p % (XB // BX)
@@ -117,15 +118,7 @@ def both_forward(q, k, v, left, right, held, shifts, states, o, kept, T, H, R, N
                  C: tl.constexpr, ENTRY: tl.constexpr, KEEP: tl.constexpr, OUT: tl.constexpr,
                  ST: tl.constexpr):  # fmt: skip
     """Walk a segment rightwards with L on chip and R from ``held``: the output, and L before each chunk to ``kept``."""
-    pid = tl.program_id(0)
-    h = pid % H
-    p = pid // H
-    iv = p % (VB // BV)
-    p = p // (VB // BV)
-    s = p % NS
-    row = (p // NS).to(tl.int64)
-    first = s * CPS
-    n = tl.minimum(CPS, NC - first)
+    h, iv, s, row, first, n = segment_of_program(H, NC, NS, CPS, VB // BV)
     index = row * H + h
     base = index * (NC * C).to(tl.int64)
     tiles = row * NC * H * (KB * VB)
@@ -194,13 +187,7 @@ def both_fused(q, k, v, go, left, right, kept, held, shifts, edges, dheld, dshif
     Registers bound this kernel: a tile that is used element by element sits in them from its load on, so loads come
     late; such a tile has one buffer, others two; and a vector along columns takes 16 of them, so b, r come three times.
     """
-    pid = tl.program_id(0)
-    h = pid % H
-    p = pid // H
-    s = p % NS
-    row = (p // NS).to(tl.int64)
-    first = s * CPS
-    n = tl.minimum(CPS, NC - first)
+    h, _, s, row, first, n = segment_of_program(H, NC, NS, CPS, 1)
     c = first + n - 1
     index = row * H + h
     base = index * (NC * C).to(tl.int64)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from seqlong.kernels.triton_pieces import segment_of_program
+
 #: log2 of a decay that is zero in float32; no decay is below it, so that sums over a chunk keep their digits.
 RESET = tl.constexpr(-160.0)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -93,15 +95,7 @@ def segment_states(x, y, total, late, states, decays, entry, kept, T, H, R, NC, 
     end goes to ``states`` and the segment's log2 decay to ``decays``. With KEEP from ``entry``, and the state before
     each chunk goes to ``kept`` (b n h v k) in the type of x.
     """
-    pid = tl.program_id(0)
-    h = pid % H
-    r = pid // H
-    iv = r % (VB // BV)
-    r = r // (VB // BV)
-    s = r % NS
-    row = (r // NS).to(tl.int64)
-    first = s * CPS
-    n = tl.minimum(CPS, NC - first)
+    h, iv, s, row, first, n = segment_of_program(H, NC, NS, CPS, VB // BV)
     LAST: tl.constexpr = 0 if REV else C - 1  # where a chunk's total stands
     LEFTWARD: tl.constexpr = REV != ADJOINT
     STEP: tl.constexpr = -1 if LEFTWARD else 1
@@ -192,15 +186,7 @@ def forward(q, k, v, total, late, skip, entry, o, kept, final, T, H, R, NC, NS, 
     The state that enters each chunk goes to ``kept`` (b n h v k) for the backward pass, in the type of q. It walks
     transposed, so that it and what it receives are left operands, straight from registers.
     """
-    pid = tl.program_id(0)
-    h = pid % H
-    r = pid // H
-    iv = r % (VB // BV)
-    r = r // (VB // BV)
-    s = r % NS
-    row = (r // NS).to(tl.int64)
-    first = s * CPS
-    n = tl.minimum(CPS, NC - first)
+    h, iv, s, row, first, n = segment_of_program(H, NC, NS, CPS, VB // BV)
     LAST: tl.constexpr = 0 if REV else C - 1
     STEP: tl.constexpr = -1 if REV else 1
     c = first + n - 1 if REV else first

@@ -11,9 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seqlong.kernels.launch import eager, untraced
+from seqlong.kernels.plans import power
 from seqlong.kernels.precision import as_written
-from seqlong.kernels.scalar_decay.plan import NOTHING, power
-from seqlong.kernels.scalar_decay.triton import _forward, _gradients, as_inputs, chunk_states, types, untraced
+from seqlong.kernels.scalar_decay.plan import NOTHING
+from seqlong.kernels.scalar_decay.triton import _forward, _gradients, as_inputs, chunk_states, types
 
 #: Bytes of chunk states that a window may hold, unless SHORTEST needs more; twice that in the backward pass.
 BUDGET = 64 << 20
@@ -187,17 +189,4 @@ def _backward(ctx, grad_output, grad_final, *_entries):  # type: ignore[no-untyp
 
 
 scalar_decay_windows.register_autograd(_backward, setup_context=_setup_context)
-
-
-class Windows(torch.autograd.Function):
-    """The op for eager calls, see ``triton.untraced``."""
-
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        output = _forward_windows(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output[:2]
-
-    @staticmethod
-    def backward(ctx, grad_output, grad_final):  # type: ignore[no-untyped-def]
-        return _backward(ctx, grad_output, grad_final)
+eager_windows = eager(_forward_windows, _setup_context, _backward)

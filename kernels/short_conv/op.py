@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from seqlong.kernels.dispatch import choose
+from seqlong.kernels.dispatch import choose, without_triton
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
 from seqlong.kernels.short_conv.reference import short_conv_reference
@@ -155,7 +155,7 @@ def _offered(x: Tensor, weight: Tensor) -> tuple[dict[str, str], str]:
         obstacle = f"the Triton kernels hold {TRITON_TAPS} taps, not {weight.shape[1]}"
     if obstacle is None:
         return OFFERED, "triton" if x.is_cuda else "chunked"
-    return {"chunked": f"{OFFERED['chunked']} ({obstacle})", "reference": OFFERED["reference"]}, "chunked"
+    return without_triton(OFFERED, obstacle), "chunked"
 
 
 def short_conv(

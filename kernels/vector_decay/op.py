@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqlong.kernels.dispatch import Choice, choose
+from seqlong.kernels.dispatch import ALONG_A_ROW, choose_along_a_row
 from seqlong.kernels.runtime import triton_runs_on
 from seqlong.kernels.vector_decay.chunked import vector_decay_chunked
 from seqlong.kernels.vector_decay.inputs import check
-from seqlong.kernels.vector_decay.plan import candidates, works
+from seqlong.kernels.vector_decay.plan import PLANS, candidates
 from seqlong.kernels.vector_decay.reference import vector_decay_reference
 
-OFFERED = {
-    "triton": "Triton kernels on this GPU",
-    "chunked": "matrix products over chunks in torch, any device",
-    "reference": "float64 loop over tokens",
-}
+OFFERED = ALONG_A_ROW
 #: Configurations that `seqlong doctor --tune` measures, the default first.
 CANDIDATES = candidates()
 #: Widest heads that the Triton kernels hold on chip.
@@ -41,20 +36,6 @@ def why_not_triton(q: Tensor, v: Tensor, gate: Tensor, bonus: Tensor | None) -> 
     if not v.numel() or not q.numel():
         return "an empty input"
     return None
-
-
-def _choose(q: Tensor, v: Tensor, gate: Tensor, bonus: Tensor | None, implementation: str | None) -> Choice:
-    reason = why_not_triton(q, v, gate, bonus)
-    if reason is None and not works(q, v):
-        reason = "no configuration of the Triton kernels passed its check on this GPU"
-    if reason is None:
-        # Tensor cores have no float32: plain torch, with tf32 or without as its user set it, is as good there.
-        best = v.is_cuda and v.dtype != torch.float32
-        return choose("vector_decay", OFFERED, "triton" if best else "chunked", implementation)
-    if implementation == "triton":
-        raise ValueError(f"vector_decay cannot run in Triton: {reason}")
-    offered = {"chunked": f"{OFFERED['chunked']} ({reason})", "reference": OFFERED["reference"]}
-    return choose("vector_decay", offered, "chunked", implementation)
 
 
 def vector_decay(
@@ -103,43 +84,14 @@ def vector_decay(
     """
     check("vector_decay", q, k, v, gate, activation, divisor, lower_bound=lower_bound, bonus=bonus, starts=starts,
           initial_state=initial_state)  # fmt: skip
-    choice = _choose(q, v, gate, bonus, implementation)
+    obstacle = why_not_triton(q, v, gate, bonus) or PLANS.why_none(q, v)
+    choice = choose_along_a_row("vector_decay", v, obstacle, implementation)
     if choice.implementation == "triton":
-        return _triton(q, k, v, gate, activation, divisor, lower_bound, starts, initial_state, reverse)
+        from seqlong.kernels.vector_decay.triton import run
+
+        return run(q, k, v, gate, activation, divisor, lower_bound, starts, initial_state, reverse)
     inputs = (q, k, v, gate, activation, divisor, lower_bound, bonus, starts, initial_state, reverse)
     if choice.implementation == "reference":
         return vector_decay_reference(*inputs)
     output, final, _ = vector_decay_chunked(*inputs)
-    return output, final
-
-
-def _triton(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    gate: Tensor,
-    activation: str,
-    divisor: float,
-    lower_bound: Tensor | None,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Call the Triton op on widths that it can read, and cut its results to the caller's."""
-    from seqlong.kernels.vector_decay.triton import run
-
-    width, value_width = q.shape[3], v.shape[3]
-    per = 16 // min(v.element_size(), gate.element_size())
-    more, value_more = -width % per, -value_width % per
-    if more:
-        q, gate = F.pad(q, (0, more)), F.pad(gate, (0, more))
-        k = None if k is None else F.pad(k, (0, more))
-        lower_bound = None if lower_bound is None else F.pad(lower_bound, (0, more))
-    if value_more:
-        v = F.pad(v, (0, value_more))
-    if initial_state is not None and (more or value_more):
-        initial_state = F.pad(initial_state, (0, value_more, 0, more))
-    output, final = run(q, k, v, gate, activation, divisor, lower_bound, starts, initial_state, reverse)
-    if more or value_more:
-        output, final = output[..., :value_width], final[..., :width, :value_width]
     return output, final

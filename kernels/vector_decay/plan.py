@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from seqlong.kernels import tuning
-from seqlong.kernels.scalar_decay.plan import power
+from seqlong.kernels.plans import Cut, Plans
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Cut):
     """One configuration; none depends on the length or the batch.
 
     Attributes:
@@ -35,11 +33,6 @@ class Plan:
     values: int = 42
     keys: int = 42
 
-    def launch(self, kernel: str) -> dict[str, int]:
-        """Launch arguments of a kernel: warps, and stages of its loop."""
-        value = getattr(self, kernel)
-        return {"num_warps": value // 10, "ST": value % 10}
-
 
 def default(dtype: torch.dtype, k: int, v: int) -> Plan:
     """Safe on any GPU with 99 KiB of shared memory, the fastest nowhere; k and v are the tiles of the widths."""
@@ -55,34 +48,7 @@ def default(dtype: torch.dtype, k: int, v: int) -> Plan:
     )
 
 
-def settled(q: Tensor, v: Tensor) -> Plan | None:
-    """The plan for a call's type, widths and device: a tuned one, else the default; None if neither is right here.
-
-    The first use of a plan in a process is checked, see kernels/tuning.py.
-    """
-    config = tuning.settle(*asked(v.dtype, power(q.shape[3]), power(v.shape[3])), v.device)
-    return None if config is None else _plan(tuple(config.items()))
-
-
-def works(q: Tensor, v: Tensor) -> bool:
-    """Whether there is a plan; this, unlike the plan itself, a compiler can ask while it traces."""
-    return _works(v.dtype, power(q.shape[3]), power(v.shape[3]), v.device)
-
-
-@torch.compiler.assume_constant_result
-def _works(dtype: torch.dtype, k: int, v: int, device: torch.device) -> bool:
-    return tuning.settle(*asked(dtype, k, v), device) is not None
-
-
-@lru_cache
-def asked(dtype: torch.dtype, k: int, v: int) -> tuple[str, str, tuning.Config]:
-    """Op, key and default settings."""
-    return "vector_decay", tuning.key(dtype, k=k, v=v), dict(asdict(default(dtype, k, v)))
-
-
-@lru_cache
-def _plan(settings: tuple[tuple[str, int], ...]) -> Plan:
-    return Plan(**dict(settings))
+PLANS = Plans("vector_decay", default)
 
 
 def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
@@ -103,5 +69,5 @@ def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
             replace(first, run=128),
             replace(first, run=4),
         ]
-        found[tuning.key(torch.bfloat16, k=k, v=v)] = [dict(asdict(plan)) for plan in tried]
+        found[tuning.key(torch.bfloat16, k=k, v=v)] = [asdict(plan) for plan in tried]
     return {"vector_decay": found}

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqlong.kernels.dispatch import choose
+from seqlong.kernels.inputs import token_marks
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.vector_decay.gates import activated
 from seqlong.kernels.vector_decay.inputs import check
@@ -49,10 +50,8 @@ def vector_decay_step(
     """
     check("vector_decay_step", q, k, v, gate, activation, divisor, lower_bound=lower_bound, bonus=bonus, starts=starts,
           initial_state=state)  # fmt: skip
+    token_marks("vector_decay_step", {"padding": padding}, q.shape[:2])
     if padding is not None:
-        if padding.shape != q.shape[:2] or padding.dtype != torch.bool:
-            raise ValueError(f"vector_decay_step needs padding of shape {tuple(q.shape[:2])} and type bool, found "
-                             f"{tuple(padding.shape)} {str(padding.dtype).removeprefix('torch.')}")  # fmt: skip
         nothing = padding[..., None, None]
         # A decay of one and a key of zero; with lower_bound the gate makes both.
         gate = gate.masked_fill(nothing, 0.0 if activation == "log_decay" else torch.inf)

@@ -10,15 +10,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from seqlong.kernels.launch import bytes_of, eager, readable, single, strides, untraced
+from seqlong.kernels.plans import power, segments
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import use_allocator
-from seqlong.kernels.scalar_decay.plan import power, segments
-from seqlong.kernels.scalar_decay.triton import _flags, _float, _readable, _strides, untraced
 from seqlong.kernels.vector_decay import triton_kernels
 from seqlong.kernels.vector_decay.inputs import ACTIVATIONS
-from seqlong.kernels.vector_decay.plan import Plan, settled
+from seqlong.kernels.vector_decay.plan import PLANS, Plan
 
 
 class _Sizes(NamedTuple):
@@ -63,9 +64,7 @@ class _Gates(NamedTuple):
 def _sizes(q: Tensor, v: Tensor) -> _Sizes:
     rows, length = q.shape[:2]  # symbols where a compiler traces them; heads and widths never are
     heads, width, value_width = int(q.shape[2]), int(q.shape[3]), int(v.shape[3])
-    plan = settled(q, v)
-    if plan is None:  # the public function asks first, and does not come here
-        raise RuntimeError("no configuration of vector_decay's Triton kernels is right on this machine")
+    plan = PLANS.settled(q, v)
     k_tile, v_tile = power(width), power(value_width)
     value_tile = min(plan.value_tile, v_tile)
     key_slice = max(min(plan.key_slice, k_tile), k_tile // 4)
@@ -79,8 +78,8 @@ def _sizes(q: Tensor, v: Tensor) -> _Sizes:
 
 def _gates(gate: Tensor, activation: str, divisor: float, bound: Tensor | None, starts: Tensor | None,
            reverse: bool) -> _Gates:  # fmt: skip
-    flags = None if starts is None else _flags(starts)
-    return _Gates(_readable(gate), _float(bound), flags, 1.0 / divisor, activation, reverse)
+    flags = None if starts is None else bytes_of(starts)
+    return _Gates(readable(gate), single(bound), flags, 1.0 / divisor, activation, reverse)
 
 
 def _walk(
@@ -105,8 +104,8 @@ def _walk(
         carries = entry.new_empty(z.B * z.H, z.NS, z.KB)
         programs = z.H * (z.KB // z.BK) * (z.VB // z.BV) * z.NS * z.B
         triton_kernels.segment_states[(programs,)](
-            writer, x, gates.gate, bound, starts, entry, carries, *sizes, *_strides(writer), *_strides(x),
-            *_strides(gates.gate), **{**z.tile, "KS": z.BK}, **gates.constants, ADJOINT=adjoint,
+            writer, x, gates.gate, bound, starts, entry, carries, *sizes, *strides(writer), *strides(x),
+            *strides(gates.gate), **{**z.tile, "KS": z.BK}, **gates.constants, ADJOINT=adjoint,
             **z.plan.launch("states"),
         )  # fmt: skip
         block = min(128, z.KB * z.VB)
@@ -116,8 +115,8 @@ def _walk(
         )  # fmt: skip
     triton_kernels.walk[(z.H * (z.VB // z.BV) * z.NS * z.B,)](
         reader, writer, x, gates.gate, bound, starts, entry, out, none if kept is None else kept,
-        none if final is None else final, *sizes, *_strides(reader), *_strides(writer), *_strides(x),
-        *_strides(gates.gate), **z.tile, **gates.constants, ENTRY=how, KEEP=kept is not None, FINAL=final is not None,
+        none if final is None else final, *sizes, *strides(reader), *strides(writer), *strides(x),
+        *strides(gates.gate), **z.tile, **gates.constants, ENTRY=how, KEEP=kept is not None, FINAL=final is not None,
         ADJOINT=adjoint, **z.plan.launch("values" if adjoint else "forward"),
     )  # fmt: skip
 
@@ -138,14 +137,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (b t h v), final state (b h k v), and, to keep for the backward pass, the states that enter chunks."""
     use_allocator()
-    q, v = _readable(q), _readable(v)
-    k = q if k is None else _readable(k)
+    q, v = readable(q), readable(v)
+    k = q if k is None else readable(k)
     z = _sizes(q, v)
     gates = _gates(gate, activation, divisor, lower_bound, starts, reverse)
     output = v.new_empty(z.B, z.T, z.H, z.V)
     final = v.new_empty(z.B, z.H, z.K, z.V, dtype=torch.float32)
     kept = _kept(v, z, keep)
-    _walk(q, k, v, gates, _float(initial_state), output, kept if keep else None, final, z, adjoint=False)
+    _walk(q, k, v, gates, single(initial_state), output, kept if keep else None, final, z, adjoint=False)
     return output, final, kept
 
 
@@ -186,9 +185,9 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, gate, lower_bound and the initial state; empty for what was not given."""
     use_allocator()
-    q, v, go = _readable(q), _readable(v), _readable(grad_output.to(v.dtype))
+    q, v, go = readable(q), readable(v), readable(grad_output.to(v.dtype))
     made = k is None
-    k = q if k is None else _readable(k)
+    k = q if k is None else readable(k)
     z = _sizes(q, v)
     gates = _gates(gate, activation, divisor, lower_bound, starts, reverse)
     dq, dv, dgate = (x.new_empty(x.shape) for x in (q, v, gates.gate))
@@ -196,14 +195,14 @@ def _gradients(
     dkept = torch.empty_like(kept)
     none = v.new_empty(0, dtype=torch.float32)
     dinitial = None if initial_state is None else none.new_empty(z.B, z.H, z.K, z.V)
-    _walk(k, q, go, gates, _float(grad_final), dv, dkept, dinitial, z, adjoint=True)
+    _walk(k, q, go, gates, single(grad_final), dv, dkept, dinitial, z, adjoint=True)
     dbound = none.new_empty(z.B, z.NC, z.H, z.K) if made else none
     runs = -(-z.NC // z.plan.run)
     bound, flags = (dq if x is None else x for x in (gates.bound, gates.starts))
     triton_kernels.keys[(z.KB // z.BK * z.H * runs * z.B,)](
         q, k, v, gates.gate, bound, flags, go, kept, dkept, dq, dq if made else dk, dgate, dbound if made else dq,
-        z.T, z.H, z.NC, z.plan.run, gates.scale, *_strides(q), *_strides(k), *_strides(v), *_strides(gates.gate),
-        *_strides(go), **z.tile, BK=z.BK, **gates.constants, **z.plan.launch("keys"),
+        z.T, z.H, z.NC, z.plan.run, gates.scale, *strides(q), *strides(k), *strides(v), *strides(gates.gate),
+        *strides(go), **z.tile, BK=z.BK, **gates.constants, **z.plan.launch("keys"),
     )  # fmt: skip
     sums = dbound.sum((0, 1)) if made else none
     return dq, dk, dv, dgate, sums, none.clone() if dinitial is None else dinitial
@@ -256,20 +255,7 @@ def _backward(ctx, grad_output, grad_final, *_kept):  # type: ignore[no-untyped-
 
 
 vector_decay_triton.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _Untraced(torch.autograd.Function):
-    """The op for eager calls: torch.library's layers cost more host time than a short row takes on a GPU."""
-
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output[:2]
-
-    @staticmethod
-    def backward(ctx, grad_output, grad_final):  # type: ignore[no-untyped-def]
-        return _backward(ctx, grad_output, grad_final)
+_eager = eager(_forward, _setup_context, _backward)
 
 
 def run(
@@ -284,9 +270,23 @@ def run(
     initial_state: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output and final state, by the shortest way: the op where something traces, else the same functions plainly."""
+    """Output and final state of inputs of any width: padded to what kernels can read, and cut to the caller's again."""
+    width, value_width = q.shape[3], v.shape[3]
+    per = 16 // min(v.element_size(), gate.element_size())
+    more, value_more = -width % per, -value_width % per
+    if more:
+        q, gate = F.pad(q, (0, more)), F.pad(gate, (0, more))
+        k = None if k is None else F.pad(k, (0, more))
+        lower_bound = None if lower_bound is None else F.pad(lower_bound, (0, more))
+    if value_more:
+        v = F.pad(v, (0, value_more))
+    if initial_state is not None and (more or value_more):
+        initial_state = F.pad(initial_state, (0, value_more, 0, more))
     tensors = (q, k, v, gate, lower_bound, starts, initial_state)
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    call = vector_decay_triton if not untraced(*tensors) else _Untraced.apply if needed else _forward
+    plain = untraced(*tensors)  # then by the shortest way: not the op, but the same functions
+    call = vector_decay_triton if not plain else _eager if needed else _forward
     output, final, *_ = call(q, k, v, gate, activation, divisor, lower_bound, starts, initial_state, reverse, needed)
+    if more or value_more:
+        output, final = output[..., :value_width], final[..., :width, :value_width]
     return output, final

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from seqlong.kernels.scalar_decay.triton_forward import softplus
+from seqlong.kernels.triton_pieces import segment_of_program
 
 LOG2E = tl.constexpr(1.4426950408889634)
 #: log2 of the smallest decay: what it lets through is below the rounding of float32.
@@ -276,15 +277,7 @@ def walk(r, w, x, gate, bound, starts, entry, out, kept, final, T, H, NC, NS, CP
     S (v k) is transposed, so that it and what it receives are left operands, straight from registers. The one before
     each chunk goes to ``kept`` (b n h v k) in the type of x.
     """
-    pid = tl.program_id(0)
-    h = pid % H
-    p = pid // H
-    iv = p % (VB // BV)
-    p = p // (VB // BV)
-    s = p % NS
-    row = (p // NS).to(tl.int64)
-    first = s * CPS
-    n = tl.minimum(CPS, NC - first)
+    h, iv, s, row, first, n = segment_of_program(H, NC, NS, CPS, VB // BV)
     LEFTWARD: tl.constexpr = REV != ADJOINT
     STEP: tl.constexpr = -1 if LEFTWARD else 1
     c = first + n - 1 if LEFTWARD else first
