@@ -63,7 +63,9 @@ PEERS: dict[str, dict[str, Peers]] = {
         ),
         "HGRN2": Peers("HGRN2Attention", "", "", "hgrn2 (Linear-MoE)", "hierarchically gated RNN"),
         "Hedgehog": Peers("HedgehogFeatureMap", also="LoLCATs, learnt feature map, linearisation"),
-        "KDA": Peers("KimiDeltaAttention", "", "KimiLinearDeltaAttention", "kda", "Kimi delta attention"),
+        "KDA": Peers(
+            "KimiDeltaAttention", "", "KimiLinearDeltaAttention", "KimiDeltaAttention", "Kimi delta attention"
+        ),
         "LightningAttention": Peers(
             "chunk_lightning_attn", "", "MiniMaxLightningAttention", "lightning_attention (Linear-MoE)",
             "TransNormerLLM, TNL, MiniMax-01, Ring-linear",
@@ -140,7 +142,7 @@ PEERS: dict[str, dict[str, Peers]] = {
             "depthwise convolution, token mixing",
             "A few taps over the last tokens, each channel by itself, then SiLU.",
         ),
-        "ssd": Peers("", "mamba_chunk_scan_combined", "torch_forward", "mamba_chunk_scan_combined",
+        "ssd": Peers("", "mamba_chunk_scan_combined", "mamba2_chunk_scan", "mamba_chunk_scan_combined",
                      "state space duality", "The state space of Mamba2: scalar_decay with steps dt and a skip D."),
         "summary_attention": Peers("parallel_nsa_compression", also="compressed attention, checkpoints",
             what="Softmax attention over one key a stretch of tokens, and the query's own."),
@@ -185,7 +187,7 @@ PEERS: dict[str, dict[str, Peers]] = {
         "experts": Peers("", "", "num_local_experts, num_experts, n_routed_experts", "--num-experts"),
         "feature": Peers("feature_map", "", "", "--la-feature-map (Linear-MoE)", "kernel function"),
         "ffn": Peers("", "mlp_cls", "mlp", "mlp", "feed-forward"),
-        "gate": Peers("use_output_gate, use_gate, gate_fn", "", "attn_output_gate",
+        "gate": Peers("use_output_gate, use_gate, gate_fn", "", "",
             "--attention-output-gate; --la-gate-fn (Linear-MoE)", "output gate, gated attention"),
         "gate_rank": Peers("gate_low_rank_dim", also="low-rank gate, LoRA"),
         "groups": Peers("n_groups, num_heads beside num_v_heads", "ngroups", "n_groups, linear_num_key_heads",
@@ -202,7 +204,7 @@ PEERS: dict[str, dict[str, Peers]] = {
         "mix_rank": Peers("proj_low_rank_dim", also="LoRA"),
         "memories": Peers("num_memories", also="mixture of memories"),
         "mixer": Peers("", "mixer_cls", "", "", "wrapped mixer"),
-        "mixers": Peers("attn", "ssm_cfg, attn_cfg", "", "--sequence-modeling-module (Linear-MoE)"),
+        "mixers": Peers("attn", "ssm_cfg, attn_cfg", "", "--la-module (Linear-MoE)"),
         "negative_eigenvalues": Peers("allow_neg_eigval", also="beta times two"),
         "norm": Peers("fuse_norm", "rms_norm", "", "--normalization", "LayerNorm, RMSNorm"),
         "norm_eps": Peers("norm_eps", "norm_epsilon", "rms_norm_eps, layer_norm_epsilon", "--norm-epsilon"),

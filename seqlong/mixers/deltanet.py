@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlong.kernels.delta_rule import delta_rule
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.linear import Gate, LinearMixer, LowRank, precise, split_heads, still
+from seqlong.mixers.recurrences import delta_rule
 
 
 def _steps(count: int, low: float, high: float, floor: float) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from seqlong.kernels.scalar_decay import scalar_decay
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.linear import Constant, LinearMixer, LinearState, precise, split_heads
+from seqlong.mixers.recurrences import scalar_decay
 
 
 class _Normalised(LinearMixer):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlong.kernels.scalar_decay import scalar_decay
-from seqlong.kernels.vector_decay import vector_decay
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.linear import Gate, LinearMixer, LowRank, precise, split_heads, still
+from seqlong.mixers.recurrences import scalar_decay, vector_decay
 
 
 class GLA(LinearMixer):

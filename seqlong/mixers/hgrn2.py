@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlong.kernels.vector_decay import vector_decay
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.linear import LinearMixer, precise, split_heads, still
+from seqlong.mixers.recurrences import vector_decay
 
 
 class HGRN2(LinearMixer):

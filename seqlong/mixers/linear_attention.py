@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from seqlong.kernels.scalar_decay import scalar_decay
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.linear import Constant, Gate, LinearMixer, LowRank, split_heads, still
+from seqlong.mixers.recurrences import scalar_decay
 from seqlong.positions import alibi_slopes, check_axes, lrpe, rotary
 
 

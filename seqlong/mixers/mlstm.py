@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from seqlong.kernels.scalar_decay import scalar_decay
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.linear import LinearMixer, LinearState, precise, split_heads, still
+from seqlong.mixers.recurrences import scalar_decay
 
 
 class MLSTM(LinearMixer):

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from seqlong.kernels.vector_decay import vector_decay
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.base import Mixer
 from seqlong.mixers.linear import precise, split_heads, still
+from seqlong.mixers.recurrences import vector_decay
 from seqlong.mixers.shift import ShiftState, token_before
 
 

@@ -8,10 +8,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqlong.kernels.norm import rms_norm
-from seqlong.kernels.vector_decay import vector_decay
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.base import Mixer
 from seqlong.mixers.linear import LinearState, LowRank, precise, split_heads, still
+from seqlong.mixers.recurrences import vector_decay
 from seqlong.mixers.visits import unevenness
 
 
