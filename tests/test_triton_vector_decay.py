@@ -20,7 +20,7 @@ from seqlong.kernels.vector_decay import vector_decay
 # The interpreter computes what a mask then throws away: powers of the future, infinity times zero.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
-    pytest.mark.skipif(not runtime.INTERPRETED, reason="on a GPU the probes compare every configuration"),
+    pytest.mark.skipif(not runtime.INTERPRETED, reason="on a GPU see test_gpu_linear.py"),
 ]
 
 #: Largest relative error. A decay below 2^-24 is 2^-24, which float32 sees.
