@@ -37,6 +37,7 @@ class _Block:
         self.b, self.c = (y if y.dim() == 2 else self.cut(y).to(kept) for y in (b, c))
         self.live = None if starts is None else (~self.cut(starts)).to(kept)[..., None, None]
         self.written = self.dt * self.x
+        self.decays: dict[int, Tensor] = {}
 
     def cut(self, y: Tensor) -> Tensor:
         y = y[:, self.start : self.stop]
@@ -49,14 +50,17 @@ class _Block:
         return y.flatten(1, 2)[:, : self.stop - self.start]
 
     def decay(self, j: int) -> Tensor:
-        decay = (self.dt[:, :, j, None] * self.a).exp()
-        return decay if self.live is None else decay * self.live[:, :, j]
+        """Kept: exponentials cost more than memory, and all that walk a block need them."""
+        if j not in self.decays:
+            decay = (self.dt[:, :, j, None] * self.a).exp()
+            self.decays[j] = decay if self.live is None else decay * self.live[:, :, j]
+        return self.decays[j]
 
     def into(self, j: int) -> Tensor:
         return self.b if self.b.dim() == 2 else self.b[:, :, j, :, None]
 
-    def step(self, state: Tensor, decay: Tensor, j: int) -> Tensor:
-        return torch.addcmul(decay * state, self.into(j), self.written[:, :, j, None].to(self.kept))
+    def step(self, state: Tensor, j: int) -> Tensor:
+        return torch.addcmul(self.decay(j) * state, self.into(j), self.written[:, :, j, None].to(self.kept))
 
     def read(self, state: Tensor, j: int) -> Tensor:
         if self.c.dim() == 2:
@@ -79,7 +83,7 @@ class _Block:
             return before[:, None]
         state, whole = self.a.new_zeros(len(before), count, *self.a.shape), self.whole()
         for j in range(self.chunk):
-            state = self.step(state, self.decay(j), j)
+            state = self.step(state, j)
         found = [before]
         for i in range(count - 1):
             found.append(torch.addcmul(state[:, i], whole[:, i], found[-1]))
@@ -104,7 +108,7 @@ def _scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, starts: Tensor
         block = _Block(start, min(start + size, x.shape[1]), x, dt, a, b, c, starts)
         walk, read = block.entries(state), []
         for j in range(block.chunk):
-            walk = block.step(walk, block.decay(j), j)
+            walk = block.step(walk, j)
             read.append(block.read(walk, j))
         y[:, start : block.stop] = block.join(torch.stack(read, dim=2))
         state = walk[:, -1]
@@ -155,11 +159,10 @@ def _backward_op(
         start = number * size
         block = _Block(start, min(start + size, x.shape[1]), x, dt, a, b, c, starts)
         gradient = block.cut(grad).to(kept)
-        states, decays = [block.entries(before[:, number])], []
+        states = [block.entries(before[:, number])]
         for j in range(block.chunk):
-            decays.append(block.decay(j))
-            states.append(block.step(states[-1], decays[-1], j))
-        walk, carried = _from_the_right(block, gradient, decays, carried)
+            states.append(block.step(states[-1], j))
+        walk, carried = _from_the_right(block, gradient, carried)
         parts: dict[str, list[Tensor]] = {"x": [], "dt": [], "b": [], "c": []}
         for j in reversed(range(block.chunk)):
             walk = walk + block.reads_back(gradient, j)
@@ -167,7 +170,7 @@ def _backward_op(
             parts["c"].append((seen * out).sum(dim=(0, 1) if c.dim() == 2 else 3))
             parts["b"].append((walk * written).sum(dim=(0, 1) if b.dim() == 2 else 3))
             parts["x"].append(_real((walk * block.into(j).conj()).sum(dim=2)))
-            walk = decays[j].conj() * walk  # now of the state before the token
+            walk = block.decay(j).conj() * walk  # now of the state before the token
             rate = walk * states[j].conj()  # of the decay's logarithm
             parts["dt"].append(_real((rate * a.conj()).sum(dim=2)))
             da += (rate * block.dt[:, :, j, None]).sum(dim=(0, 1))
@@ -183,11 +186,11 @@ def _backward_op(
     return dx, ddt, da, db, dc, carried
 
 
-def _from_the_right(block: _Block, gradient: Tensor, decays: list[Tensor], after: Tensor) -> tuple[Tensor, Tensor]:
+def _from_the_right(block: _Block, gradient: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of the state after each chunk, and of that before the block."""
-    walk, whole = torch.zeros_like(decays[0]), block.whole().conj()
+    walk, whole = torch.zeros_like(block.decay(0)), block.whole().conj()
     for j in reversed(range(block.chunk)):
-        walk = decays[j].conj() * (walk + block.reads_back(gradient, j))
+        walk = block.decay(j).conj() * (walk + block.reads_back(gradient, j))
     found = [after]
     for i in reversed(range(walk.shape[1])):
         found.append(torch.addcmul(walk[:, i], whole[:, i], found[-1]))
