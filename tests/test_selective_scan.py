@@ -45,6 +45,22 @@ def test_chunks_are_the_loop(
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_steps_of_nothing_and_of_too_much() -> None:
+    """A step of 0 is no token; one of 1e4 forgets all, and its gradients are finite."""
+    torch.manual_seed(0)
+    x, dt = torch.randn(1, 90, 5), torch.rand(1, 90, 5)
+    a, b, c, state = -1 - torch.rand(3, 5), torch.randn(1, 90, 3), torch.randn(1, 90, 3), torch.randn(1, 3, 5)
+    dt[:, 40:] = 0
+    after = selective_scan(x[:, :40], dt[:, :40], a, b[:, :40], c[:, :40], initial_state=state)[1]
+    torch.testing.assert_close(selective_scan(x, dt, a, b, c, initial_state=state)[1], after)
+    dt[:, 45] = 1e4
+    given = [y.requires_grad_() for y in (x, dt, a, b, c, state)]
+    y, final = selective_scan(*given[:-1], initial_state=state)
+    torch.testing.assert_close(final, b[:, 45, :, None] * (dt * x)[:, 45, None])
+    grads = torch.autograd.grad(y[:, 45:].sum() + final.sum(), given)
+    assert all(grad.isfinite().all() for grad in grads) and not grads[-1].any() and not grads[0][:, :45].any()
+
+
 def test_what_is_kept_for_the_backward_pass_is_small() -> None:
     """Inputs and a state a block: a fraction of one (b t d), where all states would be n of them."""
     x, dt = torch.randn(1, 4096, 64, requires_grad=True), torch.rand(1, 4096, 64)
