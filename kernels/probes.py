@@ -261,7 +261,6 @@ class Probe:
         outputs: names of what it returns.
         small, large: its widths in a check and in a measurement.
         cases: ``plain``, and what else has a path of its own in the code.
-        young: kernels that few GPUs have seen: a configuration must pass every case before its first use, not one.
         yardstick: the form in plain torch.
         widths: what the bare words of a tuning key say about widths.
     """
@@ -273,7 +272,6 @@ class Probe:
     small: Mapping[str, int]
     large: Mapping[str, int]
     cases: tuple[str, ...] = ("plain",)
-    young: bool = False
     yardstick: str = "chunked"
     widths: Callable[[set[str], Mapping[str, int]], dict[str, int]] = lambda words, sizes: {}
 
@@ -295,12 +293,12 @@ PROBES = {
         Probe("ssd", _DECAY, _ssd, ("y", "final"), {"g": 1, "h": 2, "k": 128, "v": 64},
               {"g": 1, "h": 32, "k": 128, "v": 64}, ("plain", "packed")),
         Probe("vector_decay", "seqlong.kernels.vector_decay", _vector_decay, ("o", "final"), {"h": 2, "k": 64, "v": 64},
-              {"h": 16, "k": 64, "v": 64}, ("plain", "packed", "lower_bound"), young=True),
+              {"h": 16, "k": 64, "v": 64}, ("plain", "packed", "lower_bound")),
         Probe("delta_rule", "seqlong.kernels.delta_rule", _delta_rule, ("o", "final"),
               {"g": 2, "h": 2, "k": 64, "v": 64}, {"g": 8, "h": 8, "k": 128, "v": 128},
-              ("plain", "packed", "no_gate", "channels"), young=True),
+              ("plain", "packed", "no_gate", "channels")),
         Probe("dplr", "seqlong.kernels.dplr", _dplr, ("o", "final"), {"h": 2, "k": 64, "v": 64},
-              {"h": 16, "k": 64, "v": 64}, ("plain", "packed"), young=True),
+              {"h": 16, "k": 64, "v": 64}, ("plain", "packed")),
         Probe("log_linear", "seqlong.kernels.log_linear", _log_linear, ("o",), {"g": 1, "h": 2, "k": 32, "v": 32},
               {"g": 1, "h": 16, "k": 64, "v": 64}, ("plain", "packed", "delta")),
         Probe("grouped_matmul", "seqlong.kernels.grouped_matmul", _grouped_matmul, ("y",), {"e": 3, "d": 64, "y": 72},
@@ -442,7 +440,7 @@ def self_check(op: str, key: str, device: torch.device | str) -> str | None:
     """
     probe = PROBES[op]
     dtype, sizes, words = tuning.parse_key(key)
-    cases = [case for case in probe.cases if case in words] or (probe.cases if probe.young else ["plain"])
+    cases = [case for case in probe.cases if case in words] or ["plain"]
     for case in cases:
         settings: dict[str, Any] = {
             "case": case,

@@ -70,7 +70,7 @@ def results(inputs: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
     """Output, final state, and gradients of a sum of both with fixed weights."""
     output, final = dplr(**inputs, **options)  # type: ignore[arg-type]
     source = torch.Generator().manual_seed(5)
-    weigh = [torch.randn(x.shape, generator=source).to(x.dtype) for x in (output, final)]
+    weigh = [torch.randn(x.shape, generator=source).to(x.device, x.dtype) for x in (output, final)]
     grads = torch.autograd.grad([output, final], list(inputs.values()), weigh)
     named = zip((f"grad of {name}" for name in inputs), grads, strict=True)
     return {"output": output.detach(), "final state": final.detach(), **dict(named)}

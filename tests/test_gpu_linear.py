@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,7 +53,7 @@ def test_a_million_tokens_whole_are_a_million_in_two_parts(op: str, case: str, s
     given = probes.inputs(probe, "cuda", torch.bfloat16, case=case, length=length, sizes=sizes)
 
     def part(begin: int, end: int, state: Tensor | None) -> dict[str, Tensor]:
-        def of(x: object) -> object:
+        def of(x: Any) -> Any:
             return x[:, begin:end] if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == length else x
 
         learned = {name: of(x.detach()) for name, x in given.learned.items() if name != "initial_state"}

@@ -44,7 +44,9 @@ def poisoned_memory() -> Iterator[None]:
 def cut(case: Case, **settings: int) -> AbstractContextManager[None]:
     """Run with these settings of the plan; ``programs_per_sm=0`` makes one segment a row."""
     q, v = case.learned["q"], case.learned["v"]
-    name = tuning.key(v.dtype, k=power(q.shape[3]), v=power(v.shape[3]))
+    gate = case.learned.get("gate")
+    by_channel = gate is not None and gate.dim() == 4
+    name = tuning.key(v.dtype, k=power(q.shape[3]), v=power(v.shape[3]), channels=by_channel)
     return tuning.using("delta_rule", {"programs_per_sm": 0, **settings}, name)
 
 
@@ -87,6 +89,20 @@ def test_keys_that_repeat_do_not_lose_digits(kind: str, device: str) -> None:
     with cut(case):
         found = case.results("triton")
     agree(found, case.in_double().results("reference"), EXACT[case.learned["v"].dtype])
+
+
+def test_nothing_comes_through_a_start(device: str) -> None:
+    """Not even 2^-24 of it, the least decay that eight tokens with themselves know where each channel has its own."""
+    case = make(1, 40, 1, 1, 16, 16, kind="channel", dtype=kind_of(device), device=device)
+    starts = torch.zeros(1, 40, dtype=torch.bool, device=device)
+    starts[0, 21] = True
+    values = case.learned["v"].detach().clone()
+    values[:, :21] *= 2.0**40
+    case = Case(case.learned, {**case.fixed, "starts": starts})
+    with cut(case):
+        usual, loud = case.results("triton"), case.but(v=values).results("triton")
+    assert torch.equal(usual["output"][:, 21:], loud["output"][:, 21:])
+    assert torch.equal(usual["final state"], loud["final state"])
 
 
 def test_views_are_read_where_they_lie(device: str) -> None:

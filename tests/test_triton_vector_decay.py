@@ -41,7 +41,8 @@ def poisoned_memory() -> Iterator[None]:
 def cut(case: Case, **settings: int) -> AbstractContextManager[None]:
     """Run with these settings of the plan; ``programs_per_sm=0`` makes one segment a row."""
     q, v = case.learned["q"], case.learned["v"]
-    name = tuning.key(v.dtype, k=power(q.shape[3]), v=power(v.shape[3]))
+    bound = "lower_bound" in case.learned
+    name = tuning.key(v.dtype, k=power(q.shape[3]), v=power(v.shape[3]), lower_bound=bound)
     return tuning.using("vector_decay", settings, name)
 
 

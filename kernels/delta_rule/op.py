@@ -88,7 +88,7 @@ def delta_rule(
     """
     check("delta_rule", q, k, v, beta, gate, beta_activation=beta_activation, gate_activation=gate_activation,
           rate=rate, gate_bias=gate_bias, starts=starts, initial_state=initial_state)  # fmt: skip
-    obstacle = why_not_triton(q, v, gate) or PLANS.why_none(q, v)
+    obstacle = why_not_triton(q, v, gate) or PLANS.why_none(q, v, channels=gate is not None and gate.dim() == 4)
     choice = choose_along_a_row("delta_rule", v, obstacle, implementation)
     if choice.implementation == "reference":
         return delta_rule_reference(
@@ -106,6 +106,10 @@ def delta_rule(
             q, k, v, beta, gate, rate, gate_bias, starts, initial_state, normalize, activation
         )
     return output.flip(1) if reverse else output, final
+
+
+#: A log-decay that is zero in float32 even as a sum of two parts; a start is one.
+SHUT = -178.0
 
 
 def _triton(
@@ -126,8 +130,8 @@ def _triton(
 
     with torch.autocast(v.device.type, enabled=False):
         weight = weights(beta.float(), activation)
-        decay = None if gate is None else log_decays(gate.float(), rate, bias).clamp(min=-111.0)
+        decay = None if gate is None else log_decays(gate.float(), rate, bias).clamp(min=SHUT)
         if starts is not None:
             decay = torch.zeros_like(weight) if decay is None else decay
-            decay = decay.masked_fill(starts.view(*starts.shape, *[1] * (decay.dim() - 2)), -111.0)
+            decay = decay.masked_fill(starts.view(*starts.shape, *[1] * (decay.dim() - 2)), SHUT)
     return run(q, k, v, weight, decay, initial_state, normalize)

@@ -37,8 +37,11 @@ class Plan(Cut):
     keys: int = 4
 
 
-def default(dtype: torch.dtype, k: int, v: int) -> Plan:
-    """Safe on any GPU with 99 KiB of shared memory, the fastest nowhere; k and v are the tiles of the widths."""
+def default(dtype: torch.dtype, k: int, v: int, channels: bool = False) -> Plan:
+    """Safe on any GPU with 99 KiB of shared memory, the fastest nowhere.
+
+    k and v are the tiles of the widths; ``channels``: whether each has its own decay, which has its own kernels.
+    """
     if dtype == torch.float32:
         tile = min(v, 32 if k > 64 else 64)
         return Plan(value_tile=tile, states=41, forward=41, adjoint=41, keys=8)
@@ -51,8 +54,8 @@ PLANS = Plans("delta_rule", default)
 def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
     """Op -> key -> configurations worth measuring for the shapes that models use, the default first."""
     found: dict[str, list[tuning.Config]] = {}
-    for k, v in ((64, 64), (128, 128)):
-        first = default(torch.bfloat16, k, v)
+    for k, v, channels in ((64, 64, False), (128, 128, False), (64, 64, True), (128, 128, True)):
+        first = default(torch.bfloat16, k, v, channels)
         tried = [
             first,
             replace(first, states=42, forward=42, adjoint=42),
@@ -64,6 +67,7 @@ def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
             replace(first, states=42, forward=42, adjoint=42, keys=8),
             replace(first, states=42, forward=42, adjoint=42, local=4),
             replace(first, states=42, forward=42, adjoint=42, prepare=8),
+            replace(first, states=42, forward=42, adjoint=42, products=4),
         ]
-        found[tuning.key(torch.bfloat16, k=k, v=v)] = [asdict(plan) for plan in tried]
+        found[tuning.key(torch.bfloat16, k=k, v=v, channels=channels)] = [asdict(plan) for plan in tried]
     return {"delta_rule": found}

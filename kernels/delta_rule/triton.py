@@ -82,7 +82,7 @@ def delta_rule_triton(
     """Output (b t h v), final state (b h k v); for the backward pass Ṽ, the states before chunks, moves of segments."""
     use_allocator()
     q, k, v = readable(q), readable(k), readable(v)
-    z = sizes(q, v)
+    z = sizes(q, v, log_decay)
     ready = _prepare(q, k, weight, log_decay, normalize, z)
     edge = None if initial_state is None else initial_state.float().contiguous()
     output, final = v.new_empty(z.B, z.T, z.H, z.V), ready.total.new_empty(z.B, z.H, z.K, z.V)
@@ -111,7 +111,7 @@ def _kept(v: Tensor, z: Sizes, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 @delta_rule_triton.register_fake
 def _(q, k, v, weight, log_decay, initial_state, normalize, keep):  # type: ignore[no-untyped-def]
-    z = sizes(q, v)
+    z = sizes(q, v, log_decay)
     final = v.new_empty(z.B, z.H, z.K, z.V, dtype=torch.float32)
     return v.new_empty(z.B, z.T, z.H, z.V), final, *_kept(v, z, keep)
 
@@ -139,7 +139,7 @@ def delta_rule_triton_backward(
     """Gradients of q, k, v, weight (b t h), log_decay (empty if there is none) and the initial state."""
     use_allocator()
     q, k, v, go = (readable(x) for x in (q, k, v, grad_output.to(v.dtype)))
-    z = sizes(q, v)
+    z = sizes(q, v, log_decay)
     ready = _prepare(q, k, weight, log_decay, normalize, z)
     w, total, rq, rk, inverse, scores = ready[3:9]
     edge = None if grad_final is None else grad_final.float().contiguous()

@@ -42,10 +42,10 @@ class Sizes(NamedTuple):
         return (self.H * self.NC * self.B,)
 
 
-def sizes(q: Tensor, v: Tensor) -> Sizes:
+def sizes(q: Tensor, v: Tensor, log_decay: Tensor | None) -> Sizes:
     rows, length = q.shape[:2]  # symbols where a compiler traces them; heads and widths never are
     groups, width, heads, value_width = map(int, (*q.shape[2:], *v.shape[2:]))
-    plan = PLANS.settled(q, v)
+    plan = PLANS.settled(q, v, channels=log_decay is not None and log_decay.dim() == 4)
     k_tile, v_tile = power(width), power(value_width)
     value_tile = min(plan.value_tile, k_tile, v_tile)
     chunks = -(-length // CHUNK)

@@ -84,7 +84,7 @@ def vector_decay(
     """
     check("vector_decay", q, k, v, gate, activation, divisor, lower_bound=lower_bound, bonus=bonus, starts=starts,
           initial_state=initial_state)  # fmt: skip
-    obstacle = why_not_triton(q, v, gate, bonus) or PLANS.why_none(q, v)
+    obstacle = why_not_triton(q, v, gate, bonus) or PLANS.why_none(q, v, lower_bound=activation == "lower_bound")
     choice = choose_along_a_row("vector_decay", v, obstacle, implementation)
     if choice.implementation == "triton":
         from seqlong.kernels.vector_decay.triton import run

@@ -34,8 +34,11 @@ class Plan(Cut):
     keys: int = 42
 
 
-def default(dtype: torch.dtype, k: int, v: int) -> Plan:
-    """Safe on any GPU with 99 KiB of shared memory, the fastest nowhere; k and v are the tiles of the widths."""
+def default(dtype: torch.dtype, k: int, v: int, lower_bound: bool = False) -> Plan:
+    """Safe on any GPU with 99 KiB of shared memory, the fastest nowhere.
+
+    k and v are the tiles of the widths; ``lower_bound``: whether gates make keys too, which is other code.
+    """
     one = 41 if dtype == torch.float32 or max(k, v) > 64 else 42
     return Plan(
         chunk=32,  # Triton 3.6 makes wrong code of 64 rows by 32 channels on Hopper

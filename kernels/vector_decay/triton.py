@@ -61,10 +61,10 @@ class _Gates(NamedTuple):
         return {"ACT": ACTIVATIONS.index(self.activation), "STARTS": self.starts is not None, "REV": self.reverse}
 
 
-def _sizes(q: Tensor, v: Tensor) -> _Sizes:
+def _sizes(q: Tensor, v: Tensor, activation: str) -> _Sizes:
     rows, length = q.shape[:2]  # symbols where a compiler traces them; heads and widths never are
     heads, width, value_width = int(q.shape[2]), int(q.shape[3]), int(v.shape[3])
-    plan = PLANS.settled(q, v)
+    plan = PLANS.settled(q, v, lower_bound=activation == "lower_bound")
     k_tile, v_tile = power(width), power(value_width)
     value_tile = min(plan.value_tile, v_tile)
     key_slice = max(min(plan.key_slice, k_tile), k_tile // 4)
@@ -139,7 +139,7 @@ def _forward(
     use_allocator()
     q, v = readable(q), readable(v)
     k = q if k is None else readable(k)
-    z = _sizes(q, v)
+    z = _sizes(q, v, activation)
     gates = _gates(gate, activation, divisor, lower_bound, starts, reverse)
     output = v.new_empty(z.B, z.T, z.H, z.V)
     final = v.new_empty(z.B, z.H, z.K, z.V, dtype=torch.float32)
@@ -162,7 +162,7 @@ vector_decay_triton = torch.library.custom_op(
 
 @vector_decay_triton.register_fake
 def _(q, k, v, gate, activation, divisor, lower_bound, starts, initial_state, reverse, keep):  # type: ignore[no-untyped-def]
-    z = _sizes(q, v)
+    z = _sizes(q, v, activation)
     final = v.new_empty(z.B, z.H, z.K, z.V, dtype=torch.float32)
     return v.new_empty(z.B, z.T, z.H, z.V), final, _kept(v, z, keep)
 
@@ -188,7 +188,7 @@ def _gradients(
     q, v, go = readable(q), readable(v), readable(grad_output.to(v.dtype))
     made = k is None
     k = q if k is None else readable(k)
-    z = _sizes(q, v)
+    z = _sizes(q, v, activation)
     gates = _gates(gate, activation, divisor, lower_bound, starts, reverse)
     dq, dv, dgate = (x.new_empty(x.shape) for x in (q, v, gates.gate))
     dk = q.new_empty(0) if made else k.new_empty(k.shape)
