@@ -22,8 +22,8 @@ FIRST = ["gla64", "gla128", "ssd", "vector64", "vector128", "delta64", "delta128
 SPILLS = {"both_fused": 460, "fused": 260, "keys": 400, "shared_keys": 400, "values": 120, "forward": 80}
 #: The same in families whose kernels have names that others have too, by the beginning of a case's name.
 FAMILIES = {
-    "vector": {"walk": 850, "keys": 700},
-    "delta": {"prepare": 500, "walk": 300, "adjoint": 400, "products": 400, "keys": 300, "scan": 300},
+    "vector": {"keys": 200},
+    "delta": {"walk": 300, "adjoint": 400, "products": 300, "keys": 600, "scan": 300},
     "dplr": {},
 }  # fmt: skip
 #: Heads wider than the kernels are made for: right, and slower.
