@@ -31,6 +31,8 @@ class BackboneConfig:
         mixers: letter -> mixer, given as class_path and init_args.
         layers: blocks in all; the length of the pattern if not given.
         ffn: the feed-forward half of every block, given as class_path and init_args; null leaves it out.
+        ffns: letter -> feed-forward of that letter's blocks instead of ``ffn``; null leaves theirs out. Two letters may
+            have one mixer and two feed-forwards.
         norm: kind of norm before each half and at the end.
         norm_eps: added under the root in norms.
         checkpointing: what training keeps for the backward pass. ``none``: everything, fastest. ``selective``: matrix
@@ -47,6 +49,7 @@ class BackboneConfig:
     mixers: dict[str, MixerFactory] = field(default_factory=dict)
     layers: int | None = None
     ffn: FeedForwardFactory | None = SwiGLU
+    ffns: dict[str, FeedForwardFactory | None] = field(default_factory=dict)
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
     checkpointing: Checkpointing = "none"
@@ -57,7 +60,7 @@ class BackboneConfig:
         """One letter a block.
 
         Raises:
-            ConfigError: an empty pattern, a letter that ``mixers`` lacks.
+            ConfigError: an empty pattern, a letter that ``mixers`` lacks, in the pattern or in ``ffns``.
         """
         letters = "".join(self.pattern.split())
         known = ", ".join(f"'{letter}'" for letter in self.mixers) or "none"
@@ -68,6 +71,12 @@ class BackboneConfig:
                 raise ConfigError(
                     f"backbone.pattern '{self.pattern}' has '{letter}' at block {number + 1}, but backbone.mixers "
                     f"defines {known}{nearest(letter, self.mixers)}; use one of these or add mixers.{letter}"
+                )
+        for letter in self.ffns:
+            if letter not in self.mixers:
+                raise ConfigError(
+                    f"backbone.ffns.{letter} is for no block: backbone.mixers defines {known}"
+                    f"{nearest(letter, self.mixers)}; use one of these or add mixers.{letter}"
                 )
         count = len(letters) if self.layers is None else self.layers
         if count < 1:
@@ -119,15 +128,18 @@ class Backbone(nn.Module):
             except ValueError as error:
                 raise ConfigError(f"backbone.mixers.{letter}: {error}") from error
             try:
-                ffn = None if config.ffn is None else config.ffn(config.d_model)
+                make = config.ffns.get(letter, config.ffn)
+                ffn = None if make is None else make(config.d_model)
             except ValueError as error:
-                raise ConfigError(f"backbone.ffn: {error}") from error
+                raise ConfigError(f"backbone.{_ffn_key(config, letter)}: {error}") from error
             blocks.append(Block(config.d_model, mixer, ffn, norm))
-        if all(block.mixer.causal for block in blocks) and not all(block.feeds_each_alone for block in blocks):
+        choosing = [key for key, block in zip(self.letters, blocks, strict=True) if not block.feeds_each_alone]
+        if all(block.mixer.causal for block in blocks) and choosing:
+            key = _ffn_key(config, choosing[0])
             raise ConfigError(
-                "backbone.ffn: choice 'expert' lets experts compare a position with later ones, but every mixer of "
-                f"pattern '{config.pattern}' is causal; set backbone.ffn.init_args.choice=token, or use bidirectional "
-                "mixers"
+                f"backbone.{key}: choice 'expert' lets experts compare a position with later ones, but every mixer of "
+                f"pattern '{config.pattern}' is causal; set backbone.{key}.init_args.choice=token, or use "
+                "bidirectional mixers"
             )
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(config.d_model)
@@ -188,6 +200,11 @@ class Backbone(nn.Module):
         """The state before the first token of ``rows`` rows."""
         blocks = [block.mixer.initial_state(rows, device, dtype) for block in self._blocks()]
         return BackboneState(blocks, torch.zeros(rows, dtype=torch.int64, device=device))
+
+
+def _ffn_key(config: BackboneConfig, letter: str) -> str:
+    """The setting that a block's feed-forward is from."""
+    return f"ffns.{letter}" if letter in config.ffns else "ffn"
 
 
 def _advance(position: Tensor, layout: SequenceLayout) -> Tensor:

@@ -39,7 +39,7 @@ class Part:
     Attributes:
         name: class of the mixer or feed-forward, or ``embedding``, ``norms``, ``head``.
         count: how many there are.
-        letter: of the pattern, for a mixer.
+        letter: of the pattern, for a mixer, and for a feed-forward of its own (``ffns``).
         settings: as they were given.
         parameters: of one.
         active: those of one that a token uses.
@@ -220,14 +220,16 @@ def measure(name: str, backbone: Any, values: Mapping[str, Any], tied: bool, len
     for letter, block in zip(backbone.letters, backbone.blocks, strict=True):
         mixers.setdefault((letter, _count(block.mixer)), []).append(block.mixer)
         if block.ffn is not None:
-            feeds.setdefault((type(block.ffn).__name__, _count(block.ffn)), []).append(block.ffn)
+            own = letter if letter in (values.get("ffns") or {}) else ""
+            feeds.setdefault((own, type(block.ffn).__name__, _count(block.ffn)), []).append(block.ffn)
     parts = []
     for (letter, _), alike in mixers.items():
         label, settings = _named(values["mixers"][letter])
         parts.append(part(label, alike, mixer_cost(alike[0], length), letter=letter, settings=settings))
-    for (kind, _), alike in feeds.items():
-        _, settings = _named(values["ffn"]) if values.get("ffn") else (kind, {})
-        parts.append(part(kind, alike, feed_forward_cost(alike[0]), settings=settings))
+    for (letter, kind, _), alike in feeds.items():
+        node = values["ffns"][letter] if letter else values.get("ffn")
+        _, settings = _named(node) if node else (kind, {})
+        parts.append(part(kind, alike, feed_forward_cost(alike[0]), letter=letter, settings=settings))
     vocab_size, width = backbone.embedding.weight.shape
     norms = [norm for block in backbone.blocks for norm in (block.mixer_norm, block.ffn_norm) if norm is not None]
     parts.append(part("norm", [*norms, backbone.norm], Cost(())))

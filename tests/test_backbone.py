@@ -16,6 +16,7 @@ import yaml
 from seqlong.backbone import Backbone, BackboneConfig
 from seqlong.batch import SequenceBatch
 from seqlong.errors import ConfigError
+from seqlong.ffn import MoE, SwiGLU
 from seqlong.layout import SequenceLayout
 from seqlong.mixers import Attention, Bidirectional, Mamba2
 
@@ -118,6 +119,29 @@ def test_the_pattern_repeats_up_to_the_layers() -> None:
 def test_settings_that_cannot_be(settings: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         Backbone(BackboneConfig(**{"d_model": 16, "mixers": MIXERS, **settings}))
+
+
+def test_a_letter_has_a_feed_forward_of_its_own() -> None:
+    """A dense first block, experts in every other, none in the rest: two letters of one mixer differ in them."""
+    moe = partial(MoE, experts=4, active=2, d_hidden=8)
+    mixers: Any = {letter: partial(Attention, heads=2) for letter in "dem"}
+    config = BackboneConfig(vocab_size=8, d_model=16, pattern="demem", mixers=mixers, ffns={"e": moe, "m": None})
+    torch.manual_seed(0)
+    backbone = Backbone(config)
+    assert [type(block.ffn) for block in backbone.blocks] == [SwiGLU, MoE, type(None), MoE, type(None)]
+    aux = backbone.train()(SequenceBatch(torch.randint(8, (2, 9)))).aux
+    assert {name.split("/")[1] for name in aux if "/" in name} == {"2", "4"}
+    writers = [block.residual_projections() for block in backbone.blocks]
+    assert [len(found) for found in writers] == [2, 3, 1, 3, 1]  # experts write twice: chosen and shared
+
+
+def test_a_feed_forward_for_a_letter_that_is_not_there() -> None:
+    mixers: Any = {"a": partial(Attention, heads=2)}
+    with pytest.raises(ConfigError, match=r"backbone\.ffns\.b is for no block: backbone\.mixers defines 'a'"):
+        Backbone(BackboneConfig(d_model=16, pattern="a", mixers=mixers, ffns={"b": None}))
+    chosen: Any = {"a": partial(MoE, choice="expert")}
+    with pytest.raises(ConfigError, match=r"set backbone\.ffns\.a\.init_args\.choice=token"):
+        Backbone(BackboneConfig(d_model=16, pattern="a", mixers=mixers, ffns=chosen))
 
 
 def test_a_stream_of_windows_is_the_whole_row_and_a_row_that_does_not_continue_starts_afresh() -> None:

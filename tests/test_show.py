@@ -393,3 +393,15 @@ def test_words_prints_a_table_and_helps(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_modules_without_a_weight_cost_nothing() -> None:
     assert products(nn.Identity()) == []
+
+
+def test_a_letters_own_feed_forward_is_a_line_of_its_own() -> None:
+    """The rest of the model keeps its own."""
+    plain = {part.letter or part.name: part for part in show(["model=hybrid_small"]).parts}
+    shown = show(["model=hybrid_small", "+model.backbone.ffns.a.class_path=seqlong.ffn.GELU"])
+    own = [part for part in shown.parts if part.name == "GELU"]
+    assert [(part.letter, part.count) for part in own] == [("a", plain["a"].count)]
+    swiglu = next(part for part in shown.parts if part.name == "SwiGLU")
+    assert (swiglu.letter, swiglu.count) == ("", plain["SwiGLU"].count - plain["a"].count)
+    without = show(["model=hybrid_small", "+model.backbone.ffns.a=null"])
+    assert without.parameters == shown.parameters - own[0].count * own[0].parameters - plain["a"].count * shown.d_model
