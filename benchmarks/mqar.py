@@ -195,6 +195,7 @@ def draw(found: Found, setting: Setting, figure: Figure) -> None:
     right.annotate("chance", (0.99, setting.chance), xycoords=("axes fraction", "data"), ha="right", va="bottom",
                    fontsize=7.5, color="#5d6772")  # fmt: skip
     right.set_xscale("log", base=2)
+    right.xaxis.set_major_formatter("{x:g}")
     right.margins(x=0.22)
     right.set_ylim(-0.05, 1.08)
     right.set_title(f"accuracy at {setting.pairs[-1]} pairs against KiB of state, all blocks", fontsize=9.5, loc="left")

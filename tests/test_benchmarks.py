@@ -11,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from seqlong.datamodules.synthetic import MQAR
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -104,3 +107,55 @@ def test_rows_hold_ours_beside_every_peer(bench: ModuleType) -> None:
     assert made["fwdbwd_ms", "fla-core simple_gla"].ratio == 4
     assert made["fwdbwd_ms", "seqlong chunked torch (out of memory)"].peer_value is None
     assert made["byte_floor", None].value == pytest.approx(50)
+
+
+def _script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_recall_rows_made_on_the_device_ask_as_mqar_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    recall = _script("_recall", monkeypatch)
+    setting = recall.Setting((4, 16), 256, 256)
+    for pairs in setting.pairs:
+        tokens, targets = recall.rows(setting, 200, pairs, recall.source(torch.device("cpu"), 5))
+        for row, asks in zip(tokens.tolist(), targets.tolist(), strict=True):
+            told = dict(zip(row[0 : 2 * pairs : 2], row[1 : 2 * pairs : 2], strict=True))
+            asked = [place for place in range(256) if asks[place] >= 0]
+            assert len(told) == pairs and max(told) < 128 <= min(told.values()) and min(asked) >= 2 * pairs
+            assert sorted(row[place] for place in asked) == sorted(told)
+            assert all(asks[place] == told[row[place]] for place in asked)
+            assert not {row[place] for place in range(2 * pairs, 256) if place not in asked} & set(told)
+        random = np.random.default_rng(0)
+        theirs = np.mean([np.flatnonzero(MQAR(pairs, 256).row(random, 256).targets >= 0).mean() for _ in range(200)])
+        mine = (targets >= 0).nonzero()[:, 1].float().mean().item()
+        assert abs(mine - theirs) < 0.08 * theirs, "questions stand elsewhere than MQAR puts them"
+
+
+def test_recall_benchmark_trains_and_reports_every_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    recall, mqar = _script("_recall", monkeypatch), _script("mqar", monkeypatch)
+    setting = recall.Setting((2,), 16, 16, 32, 32, 40, eval_rows=64)
+    names = ["Attention", "DeltaNet"]
+    found = {name: list(recall.train(name, setting, [3e-3, 1e-2], torch.device("cpu"))) for name in names}
+    assert max(one["test"][0] for one in found["DeltaNet"]) > 0.3 > 2 * setting.chance
+    assert {one["steps"] for one in found["Attention"]} == {40} and len(found["Attention"][0]["curve"]) == 20
+    assert found["Attention"][0]["state_bytes"] == 2 * 2 * 16 * 32 * 4  # keys and values of two blocks
+    made = list(mqar.rows(found, setting))
+    assert [row.name for row in made if row.metric.startswith("accuracy, 2 pairs")] == ["chance", "DeltaNet"]
+    assert sum(row.metric == "mean accuracy by learning rate" for row in made) == 4
+
+
+def test_experts_of_every_contender_are_the_same_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = _script("moe", monkeypatch)
+    made = list(moe.rows([moe.Shape(8, 2, 24, 64, 16)], torch.device("cpu"), 1, ["chunked"]))
+    peers = {row.peer.split(" ")[0] for row in made if row.peer_value is not None}
+    assert {"torch", "seqlong"} <= peers and not any("WRONG" in row.peer for row in made)
+    right = moe.Ours.forward
+    monkeypatch.setattr(moe.Ours, "forward", lambda self, x: 1.1 * right(self, x))
+    wrong = list(moe.rows([moe.Shape(8, 2, 24, 64, 16)], torch.device("cpu"), 1, ["chunked"]))
+    assert ["WRONG" in row.peer for row in wrong if row.peer.startswith("seqlong")] == [True]
