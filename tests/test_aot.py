@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 FIRST = ["gla64", "gla128", "ssd", "vector64", "vector128", "delta64", "delta128_gated", "delta128_kda", "dplr64",
          "short_conv", "rms_norm_1024", "gated_norm", "rotary"]  # fmt: skip
 #: Bytes that a thread of a kernel may spill; 32 where nothing is said.
-SPILLS = {"both_fused": 460, "fused": 260, "keys": 400, "shared_keys": 400, "values": 120, "forward": 80}
+SPILLS = {"both_fused": 460, "fused": 260, "keys": 440, "shared_keys": 400, "values": 120, "forward": 80}
 #: The same in families whose kernels have names that others have too, by the beginning of a case's name.
 FAMILIES = {
     "vector": {"keys": 200},
