@@ -57,9 +57,7 @@ def test_mamba2(groups: int) -> None:
     found = ours(SequenceBatch(tokens=tokens)).hidden
     agree(found, expected)
     weigh = torch.randn_like(expected)
-    theirs = dict(
-        zip(weights, torch.autograd.grad((expected * weigh).mean(), list(oracle.parameters())), strict=True)
-    )
+    theirs = dict(zip(weights, torch.autograd.grad((expected * weigh).mean(), list(oracle.parameters())), strict=True))
     mine = torch.autograd.grad((found * weigh).mean(), list(ours.parameters()))
     for (name, _), gradient in zip(ours.named_parameters(), mine, strict=True):
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-5, msg=f"gradient of {name}")
