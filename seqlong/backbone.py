@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqlong.batch import SequenceBatch
-from seqlong.block import Block, Checkpointing, run_block
+from seqlong.block import MEMORY, Block, Checkpointing, run_block
 from seqlong.errors import ConfigError, nearest
 from seqlong.ffn import FeedForwardFactory, SwiGLU
 from seqlong.layout import SequenceLayout
@@ -33,6 +33,8 @@ class BackboneConfig:
         ffn: the feed-forward half of every block, given as class_path and init_args; null leaves it out.
         ffns: letter -> feed-forward of that letter's blocks instead of ``ffn``; null leaves theirs out. Two letters may
             have one mixer and two feed-forwards.
+        reads: letter -> letter: a block of the first reads what the last block of the second before it publishes: keys
+            and values, for ``SharedAttention``, or the output of a recurrence, for ``GatedMemoryUnit``.
         norm: kind of norm before each half and at the end.
         norm_eps: added under the root in norms.
         checkpointing: what training keeps for the backward pass. ``none``: everything, fastest. ``selective``: matrix
@@ -50,6 +52,7 @@ class BackboneConfig:
     layers: int | None = None
     ffn: FeedForwardFactory | None = SwiGLU
     ffns: dict[str, FeedForwardFactory | None] = field(default_factory=dict)
+    reads: dict[str, str] = field(default_factory=dict)
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
     checkpointing: Checkpointing = "none"
@@ -60,7 +63,7 @@ class BackboneConfig:
         """One letter a block.
 
         Raises:
-            ConfigError: an empty pattern, a letter that ``mixers`` lacks, in the pattern or in ``ffns``.
+            ConfigError: an empty pattern, a letter that ``mixers`` lacks, in the pattern, ``ffns`` or ``reads``.
         """
         letters = "".join(self.pattern.split())
         known = ", ".join(f"'{letter}'" for letter in self.mixers) or "none"
@@ -78,6 +81,13 @@ class BackboneConfig:
                     f"backbone.ffns.{letter} is for no block: backbone.mixers defines {known}"
                     f"{nearest(letter, self.mixers)}; use one of these or add mixers.{letter}"
                 )
+        for pair in self.reads.items():
+            for letter in pair:
+                if letter not in self.mixers:
+                    raise ConfigError(
+                        f"backbone.reads has '{letter}', but backbone.mixers defines {known}"
+                        f"{nearest(letter, self.mixers)}; use one of these or add mixers.{letter}"
+                    )
         count = len(letters) if self.layers is None else self.layers
         if count < 1:
             raise ConfigError(f"backbone.layers must be at least 1, found {count}")
@@ -141,6 +151,7 @@ class Backbone(nn.Module):
                 f"pattern '{config.pattern}' is causal; set backbone.{key}.init_args.choice=token, or use "
                 "bidirectional mixers"
             )
+        self.sources = _bind(config, self.letters, blocks)
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(config.d_model)
         self._initialise()
@@ -181,11 +192,15 @@ class Backbone(nn.Module):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         after: list[Any] = []
         aux: dict[str, Tensor] = {}
+        memories: dict[int, Any] = {}
         for number, block in enumerate(self._blocks()):
             before = None if state is None else state.blocks[number]
-            said: dict[str, Tensor] = {}
-            hidden, left = run_block(block, hidden, layout, before, self.checkpointing, self.tile, said)
+            said: dict[str, Any] = {}
+            memory = memories.get(self.sources.get(number, -1))
+            hidden, left = run_block(block, hidden, layout, before, self.checkpointing, self.tile, said, memory)
             after.append(left)
+            if block.publishes:
+                memories[number] = said.pop(MEMORY)
             for name, value in said.items():
                 if name.endswith("_sum"):
                     aux[name] = aux[name] + value if name in aux else value
@@ -200,6 +215,43 @@ class Backbone(nn.Module):
         """The state before the first token of ``rows`` rows."""
         blocks = [block.mixer.initial_state(rows, device, dtype) for block in self._blocks()]
         return BackboneState(blocks, torch.zeros(rows, dtype=torch.int64, device=device))
+
+
+def _bind(config: BackboneConfig, letters: str, blocks: list[Block]) -> dict[int, int]:
+    """Tell each block that reads a memory whose it is; which block reads which, counted from 0.
+
+    Raises:
+        ConfigError: nothing is there to read, or not what the mixer can read, or the mixer reads nothing.
+    """
+    sources: dict[int, int] = {}
+    for number, (letter, block) in enumerate(zip(letters, blocks, strict=True)):
+        kind, source = type(block.mixer).__name__, config.reads.get(letter)
+        if source is None:
+            if block.mixer.reads_memory:
+                raise ConfigError(
+                    f"backbone.mixers.{letter}: block {number + 1} is {kind}, which reads what an earlier block "
+                    f"publishes; set backbone.reads.{letter} to that block's letter"
+                )
+            continue
+        if not block.mixer.reads_memory:
+            raise ConfigError(
+                f"backbone.reads.{letter}: block {number + 1} is {kind}, which reads no other block's memory; take "
+                f"reads.{letter} out, or use SharedAttention or GatedMemoryUnit"
+            )
+        found = letters.rfind(source, 0, number)
+        if found < 0:
+            raise ConfigError(
+                f"backbone.reads.{letter}: block {number + 1} reads '{source}', but no block before it is one; put a "
+                f"'{source}' earlier in the pattern"
+            )
+        try:
+            block.mixer.bind(blocks[found].mixer)
+        except ValueError as error:
+            where = f"block {number + 1} reads block {found + 1}"
+            raise ConfigError(f"backbone.reads.{letter}: {where}: {error}") from error
+        sources[number] = found
+        blocks[found].publishes = True
+    return sources
 
 
 def _ffn_key(config: BackboneConfig, letter: str) -> str:

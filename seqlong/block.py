@@ -12,15 +12,27 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from seqlong.ffn.experts import ExpertLinear
-from seqlong.ffn.moe import Aux, MoE
+from seqlong.ffn.moe import MoE
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.base import Mixer
+
+#: The name in ``aux`` of what a mixer publishes for later blocks.
+MEMORY = "memory"
+
+#: What is said beside a result: sums and figures, and memories.
+Said = dict[str, Any]
 
 Checkpointing = Literal["none", "selective", "block", "tiled"]
 
 
 class Block(nn.Module):
-    """``h + mixer(norm(h))``, then ``h + ffn(norm(h))``."""
+    """``h + mixer(norm(h))``, then ``h + ffn(norm(h))``.
+
+    Attributes:
+        publishes: whether a later block reads the memory of this one's mixer; the backbone sets it.
+    """
+
+    publishes: bool = False
 
     def __init__(self, d_model: int, mixer: Mixer, ffn: nn.Module | None, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -31,7 +43,12 @@ class Block(nn.Module):
         self.routed = isinstance(ffn, MoE)
 
     def forward(
-        self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: Any = None, aux: Aux | None = None
+        self,
+        hidden: Float[Tensor, "b t d"],
+        layout: SequenceLayout,
+        state: Any = None,
+        aux: Said | None = None,
+        memory: Any = None,
     ) -> tuple[Float[Tensor, "b t d"], Any]:
         """Run the block.
 
@@ -39,22 +56,29 @@ class Block(nn.Module):
             hidden: the residual stream.
             layout: where segments begin and end.
             state: from the window before; None keeps none.
-            aux: is given what the two halves have to say of losses and loads, if that is more than their result.
+            aux: is given what the two halves have to say of losses and loads, if that is more than their result; and
+                under ``memory`` what the mixer publishes, if a later block reads it.
+            memory: what an earlier block's mixer published, for a mixer that reads it.
         """
-        hidden, state = self.mix(hidden, layout, state, aux)
+        hidden, state = self.mix(hidden, layout, state, aux, memory)
         return self.feed(hidden, layout, aux), state
 
     def mix(
-        self, hidden: Tensor, layout: SequenceLayout, state: Any = None, aux: Aux | None = None
+        self, hidden: Tensor, layout: SequenceLayout, state: Any = None, aux: Said | None = None, memory: Any = None
     ) -> tuple[Tensor, Any]:
         """The first half: along the sequence."""
         normed = self.mixer_norm(hidden)
-        mixed, state = self.mixer(normed, layout, state)
+        if aux is not None and self.publishes:
+            mixed, state, aux[MEMORY] = self.mixer.publish(normed, layout, state)
+        elif self.mixer.reads_memory:
+            mixed, state = self.mixer(normed, layout, state, memory)
+        else:
+            mixed, state = self.mixer(normed, layout, state)
         if aux is not None and self.training and self.mixer.balance_loss:
             _add(aux, {"router_loss_sum": self.mixer.router_loss_sum(normed, layout)})
         return hidden + mixed, state
 
-    def feed(self, hidden: Tensor, layout: SequenceLayout, aux: Aux | None = None) -> Tensor:
+    def feed(self, hidden: Tensor, layout: SequenceLayout, aux: Said | None = None) -> Tensor:
         """The second half: along the width, each position by itself (unless its experts choose among positions)."""
         if self.ffn is None or self.ffn_norm is None:
             return hidden
@@ -91,7 +115,8 @@ def run_block(
     state: Any = None,
     checkpointing: Checkpointing = "none",
     tile: int = 16384,
-    aux: Aux | None = None,
+    aux: Said | None = None,
+    memory: Any = None,
 ) -> tuple[Float[Tensor, "b t d"], Any]:
     """Run ``block``, keeping for the backward pass what ``checkpointing`` says.
 
@@ -103,23 +128,25 @@ def run_block(
       mixer whose state grows (full attention) is run whole, and only the feed-forward half in tiles; a feed-forward
       whose experts choose among positions is run whole too.
 
-    ``aux`` is given what mixer and feed-forward say beside their results: sums, and those of tiles are added up.
+    ``aux`` is given what mixer and feed-forward say beside their results: sums, and those of tiles are added up; and
+    what the mixer publishes, that of tiles joined. ``memory`` is what an earlier block published, for a mixer that
+    reads it: cut as the row is if a position reads its own place only, else the mixer is run whole.
     """
     if checkpointing == "none" or (checkpointing != "tiled" and not torch.is_grad_enabled()):
-        return block(hidden, layout, state, aux)
+        return block(hidden, layout, state, aux, memory)
     save: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if not torch.is_grad_enabled():
         save = _call
     if checkpointing in ("selective", "block"):
         if checkpointing == "selective":
             save = partial(save, context_fn=partial(create_selective_checkpoint_contexts, _keep_products))
-        hidden, state, said = save(_whole, block, hidden, layout, state)
+        hidden, state, said = save(_whole, block, hidden, layout, state, memory)
         _add(aux, said)
         return hidden, state
     # Cut by split, whose backward joins the gradients once; that of a slice is as long as the whole row, each time.
     parts, outputs, start = hidden.split(tile, dim=1), [], 0
     if not (block.mixer.causal and block.mixer.bounded_state and block.feeds_each_alone):
-        hidden, state, said = save(_mixed, block, hidden, layout, state)
+        hidden, state, said = save(_mixed, block, hidden, layout, state, memory)
         _add(aux, said)
         parts = hidden.split(tile, dim=1) if block.feeds_each_alone else (hidden,)
         for part in parts:
@@ -132,33 +159,39 @@ def run_block(
     carried = state
     if carried is None:
         carried = block.mixer.initial_state(hidden.shape[0], hidden.device, hidden.dtype)
-    for part in parts:
+    memories = [None] * len(parts) if memory is None else memory.split(tile, dim=1)
+    published = []
+    for part, remembered in zip(parts, memories, strict=True):
         stop = start + part.shape[1]
-        output, carried, said = save(_whole, block, part, layout.slice(start, stop), carried)
+        output, carried, said = save(_whole, block, part, layout.slice(start, stop), carried, remembered)
+        if MEMORY in said:
+            published.append(said.pop(MEMORY))
         _add(aux, said)
         outputs.append(output)
         start = stop
+    if published:
+        _add(aux, {MEMORY: torch.cat(published, dim=1)})
     return torch.cat(outputs, dim=1), None if state is None else carried
 
 
-def _whole(block: Block, hidden: Tensor, layout: SequenceLayout, state: Any) -> tuple[Tensor, Any, Aux]:
-    said: Aux = {}
-    hidden, state = block(hidden, layout, state, said)
+def _whole(block: Block, hidden: Tensor, layout: SequenceLayout, state: Any, memory: Any) -> tuple[Tensor, Any, Said]:
+    said: Said = {}
+    hidden, state = block(hidden, layout, state, said, memory)
     return hidden, state, said
 
 
-def _mixed(block: Block, hidden: Tensor, layout: SequenceLayout, state: Any) -> tuple[Tensor, Any, Aux]:
-    said: Aux = {}
-    hidden, state = block.mix(hidden, layout, state, said)
+def _mixed(block: Block, hidden: Tensor, layout: SequenceLayout, state: Any, memory: Any) -> tuple[Tensor, Any, Said]:
+    said: Said = {}
+    hidden, state = block.mix(hidden, layout, state, said, memory)
     return hidden, state, said
 
 
-def _fed(block: Block, hidden: Tensor, layout: SequenceLayout) -> tuple[Tensor, Aux]:
-    said: Aux = {}
+def _fed(block: Block, hidden: Tensor, layout: SequenceLayout) -> tuple[Tensor, Said]:
+    said: Said = {}
     return block.feed(hidden, layout, said), said
 
 
-def _add(aux: Aux | None, said: Aux) -> None:
+def _add(aux: Said | None, said: Said) -> None:
     """What a run in the backward pass says goes into a dictionary of its own, so that nothing is counted twice."""
     for name, value in said.items() if aux is not None else ():
         assert aux is not None

@@ -34,6 +34,7 @@ SIZES = {
     # Of published shapes; tests/test_show.py holds them against the published counts.
     "linear_moe_2b": 2.32e9, "linear_moe_7b": 7.02e9, "minimax_01": 454.9e9, "gdn_h1": 1.32e9, "gdn_h2": 1.35e9,
     "kimi_linear": 50.5e9, "samba_421m": 0.42e9, "ring_mini_linear": 16.9e9,
+    "sambay_3_8b": 3.85e9,
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from seqlong.mixers.diagonal import S4D, Mamba1
 from seqlong.mixers.differential import DifferentialAttention
 from seqlong.mixers.feature_maps import Based, Hedgehog
 from seqlong.mixers.gla import GLA, SimpleGLA
+from seqlong.mixers.gmu import GatedMemoryUnit
 from seqlong.mixers.hgrn2 import HGRN2
 from seqlong.mixers.linear_attention import CosFormer2, LightningAttention, LinearAttention, RetNet
 from seqlong.mixers.log_linear import LogLinearGatedDeltaNet, LogLinearMamba2
@@ -20,6 +21,7 @@ from seqlong.mixers.rglru import RGLRU
 from seqlong.mixers.rwkv6 import RWKV6
 from seqlong.mixers.rwkv7 import RWKV7
 from seqlong.mixers.scout import Scout
+from seqlong.mixers.shared_attention import SharedAttention
 from seqlong.mixers.sparse_attention import MoBA, NativeSparseAttention
 from seqlong.mixers.sse import SSE
 
@@ -40,6 +42,7 @@ __all__ = [
     "DeltaNet",
     "DifferentialAttention",
     "GatedDeltaNet",
+    "GatedMemoryUnit",
     "Hedgehog",
     "LightningAttention",
     "LinearAttention",
@@ -57,5 +60,6 @@ __all__ = [
     "Rat",
     "RetNet",
     "Scout",
+    "SharedAttention",
     "SimpleGLA",
 ]

@@ -13,7 +13,7 @@ from seqlong.kernels.attention import attention
 from seqlong.kernels.norm import rms_norm
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.base import Mixer
-from seqlong.mixers.cache import AttentionState, SinkState, carry, carry_sinks, join, join_sinks
+from seqlong.mixers.cache import AttentionState, Seen, SinkState, carry, carry_sinks, join, join_sinks
 from seqlong.positions import alibi_slopes, check_axes, rotary_axes
 
 
@@ -118,6 +118,12 @@ class Attention(Mixer):
     def forward(
         self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: AttentionState | SinkState | None = None
     ) -> tuple[Float[Tensor, "b t d"], AttentionState | SinkState | None]:
+        return self.publish(hidden, layout, state)[:2]
+
+    def publish(
+        self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: AttentionState | SinkState | None = None
+    ) -> tuple[Float[Tensor, "b t d"], AttentionState | SinkState | None, Seen]:
+        """``forward``, and the keys and values that it attended to, those of the cache first."""
         if layout.padding is not None:
             hidden = hidden.masked_fill(layout.padding[..., None], 0)
         qkv = self.qkv_proj(hidden).unflatten(2, (-1, self.head_dim))
@@ -127,8 +133,8 @@ class Attention(Mixer):
         if self.positions == "rope":
             places = layout.positions if layout.positions.dim() == 2 or len(self.axes) > 1 else layout.positions[..., 0]
             q, k = (rotary_axes(x, places, self.axes, self.rope_base, self.rope_scale) for x in (q, k))
-        mixed, after = self._attend(q, k, v, layout, state)
-        return self.out_proj(self._weigh(mixed, hidden).flatten(2)), after
+        mixed, after, seen = self._attend(q, k, v, layout, state)
+        return self.out_proj(self._weigh(mixed, hidden).flatten(2)), after, seen
 
     def _weigh(self, mixed: Float[Tensor, "b t h v"], hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t h v"]:
         """The heads' results, gated if there is a gate."""
@@ -136,14 +142,14 @@ class Attention(Mixer):
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, state: AttentionState | SinkState | None
-    ) -> tuple[Float[Tensor, "b t h v"], AttentionState | SinkState | None]:
+    ) -> tuple[Float[Tensor, "b t h v"], AttentionState | SinkState | None, Seen]:
         if state is None:
             ids = layout.segment_ids
             boundaries = None if ids is None else layout.boundaries
             return attention(
                 q, k, v, causal=self.causal, window=self.window, query_ids=ids, key_ids=ids, slopes=self.slopes,
                 boundaries=boundaries, sinks=self.sinks,
-            ), None  # fmt: skip
+            ), None, Seen(k, v, ids, ids)  # fmt: skip
         if not self.causal:
             raise ValueError("attention that sees later tokens cannot carry a state from window to window")
         after: AttentionState | SinkState
@@ -157,7 +163,7 @@ class Attention(Mixer):
         return attention(
             q, seen.keys, seen.values, window=self.window, query_ids=seen.query_ids, key_ids=seen.key_ids,
             slopes=self.slopes, sinks=self.sinks, always=seen.always,
-        ), after  # fmt: skip
+        ), after, seen  # fmt: skip
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> AttentionState | SinkState:
         empty = torch.zeros(rows, 0, self.kv_heads, self.head_dim, device=device, dtype=dtype)

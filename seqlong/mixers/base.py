@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ class MixerState:
         )
 
 
+@dataclass
+class NoState(MixerState):
+    """That of a mixer which carries nothing of its own."""
+
+
 class Mixer(nn.Module):
     """Moves information along the sequence.
 
@@ -48,12 +54,17 @@ class Mixer(nn.Module):
         residual_projections: names of the linear layers that write to the residual stream; the backbone scales their
             initial weights with depth.
         balance_loss: weight of a loss of the mixer's own router, if it has one.
+        reads_memory: whether it reads what a mixer of an earlier block publishes: ``forward(..., memory)``. With
+            ``bounded_state``, each position reads its own place only, and a memory is cut where the row is.
+        memory_width: channels of the readings ``(b t w)`` that ``publish`` gives later blocks; None if it gives none.
     """
 
     causal: bool = True
     bounded_state: bool = False
     residual_projections: tuple[str, ...] = ()
     balance_loss: float = 0.0
+    reads_memory: bool = False
+    memory_width: int | None = None
 
     def place(self, layer: int, layers: int) -> None:
         """Be told, once, to be block ``layer`` (from 0) of ``layers``: for what depends on depth."""
@@ -63,6 +74,20 @@ class Mixer(nn.Module):
     ) -> tuple[Float[Tensor, "b t d"], Any]:
         """Mix ``hidden`` along t; return the result and, if a state was given, the state after the last token."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(hidden, layout, state)")
+
+    def publish(
+        self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: Any = None
+    ) -> tuple[Float[Tensor, "b t d"], Any, Any]:
+        """``forward``, and the memory that later blocks read: readings ``(b t w)``, or the keys and values ``Seen``."""
+        raise NotImplementedError(f"{type(self).__name__} publishes no memory")
+
+    def bind(self, publisher: Mixer) -> None:
+        """Be told, once, whose memory is read.
+
+        Raises:
+            ValueError: it is none that this mixer can read.
+        """
+        raise ValueError(f"{type(self).__name__} reads no memory of another block")
 
     def router_loss_sum(self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout) -> Float[Tensor, ""]:
         """What a mixer with ``balance_loss`` adds to the training loss: a sum over tokens, from the same input."""

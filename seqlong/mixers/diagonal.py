@@ -74,6 +74,7 @@ class Mamba1(Mixer):
                 f"{dt_rank} and {conv_width}"
             )
         self.width, self.d_state, self.dt_rank = width, d_state, dt_rank
+        self.memory_width = width
         self.conv_width, self.norm_eps = conv_width, norm_eps
         self.in_proj = nn.Linear(d_model, 2 * width, bias=False)
         self.conv1d = nn.Conv1d(width, width, conv_width, groups=width, bias=conv_bias)
@@ -93,6 +94,12 @@ class Mamba1(Mixer):
     def forward(
         self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: DiagonalState | None = None
     ) -> tuple[Float[Tensor, "b t d"], DiagonalState | None]:
+        return self.publish(hidden, layout, state)[:2]
+
+    def publish(
+        self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: DiagonalState | None = None
+    ) -> tuple[Float[Tensor, "b t d"], DiagonalState | None, Float[Tensor, "b t w"]]:
+        """``forward``, and what comes out of the scan, ``C S + D x``, before its gate."""
         padding = layout.padding
         x, z = self.in_proj(still(hidden, padding, 0.0)).chunk(2, dim=-1)
         x, conv = short_conv(
@@ -111,8 +118,9 @@ class Mamba1(Mixer):
             x, still(F.softplus(raw), padding, 0.0), -precise(self.A_log, hidden).exp().T, b, c, starts=layout.starts,
             initial_state=None if state is None else state.memory[:, 0],
         )  # fmt: skip
-        output = self.out_proj((y + x * self.D.to(x.dtype)) * F.silu(z))
-        return output, None if state is None else DiagonalState(memory[:, None], conv)
+        read = y + x * self.D.to(x.dtype)
+        output = self.out_proj(read * F.silu(z))
+        return output, None if state is None else DiagonalState(memory[:, None], conv), read
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> DiagonalState:
         kept = torch.float64 if dtype == torch.float64 else torch.float32

@@ -17,6 +17,7 @@ class _Normalised(LinearMixer):
     def __init__(self, d_model: int, heads: int, key_dim: int, value_dim: int, eps: float) -> None:
         super().__init__(d_model, heads, key_dim, value_dim, gate="none")
         del self.norm
+        self.memory_width = None  # sums that no weight has divided are no memory to read
         self.eps = eps
         self.decay = Constant([0.0] * heads)
 

@@ -99,6 +99,7 @@ class LinearMixer(Mixer):
                 f"{value_dim}, {groups} groups"
             )
         self.heads, self.groups, self.key_dim, self.value_dim = heads, groups, key_dim, value_dim
+        self.memory_width = heads * value_dim
         self.state_dim = key_dim  # of what ``features`` makes of a key
         self.conv_width, self.gate, self.norm_eps = conv_width, gate, norm_eps
         self.widths = (groups * key_dim, groups * key_dim, heads * value_dim)
@@ -116,6 +117,12 @@ class LinearMixer(Mixer):
     def forward(
         self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: LinearState | None = None
     ) -> tuple[Float[Tensor, "b t d"], LinearState | None]:
+        return self.publish(hidden, layout, state)[:2]
+
+    def publish(
+        self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: LinearState | None = None
+    ) -> tuple[Float[Tensor, "b t d"], LinearState | None, Float[Tensor, "b t w"]]:
+        """``forward``, and what comes out of the recurrence, before its norm and gate."""
         padding = layout.padding
         if padding is not None:
             hidden = hidden.masked_fill(padding[..., None], 0)
@@ -131,9 +138,9 @@ class LinearMixer(Mixer):
         q, k, v = self.features(q, k, v.unflatten(2, (self.heads, self.value_dim)), layout)
         if padding is not None:
             k = k.masked_fill(padding[..., None, None], 0)
-        output, memory = self.recur(q, k, v, hidden, layout, None if state is None else state.memory)
-        output = self.out_proj(self.finish(output, hidden).flatten(2))
-        return output, None if state is None else LinearState(memory, conv)
+        read, memory = self.recur(q, k, v, hidden, layout, None if state is None else state.memory)
+        output = self.out_proj(self.finish(read, hidden).flatten(2))
+        return output, None if state is None else LinearState(memory, conv), read.flatten(2)
 
     def features(
         self, q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[Tensor, "b t h v"],

@@ -104,6 +104,7 @@ class LogLinearMamba2(Mamba2):
     ) -> None:
         super().__init__(d_model, d_state, head_dim, expand, groups, conv_width, conv_bias, norm_eps)
         self.levels = LevelWeights(d_model, self.heads, levels)
+        self.memory_width = None  # what is read of a stack is not published
 
     def forward(  # type: ignore[override]
         self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: LogLinearState | None = None
@@ -171,6 +172,7 @@ class LogLinearGatedDeltaNet(GatedDeltaNet):
             d_model, heads, groups, head_dim, expand_v, negative_eigenvalues, conv_width, gate, norm_eps=norm_eps
         )
         self.levels = LevelWeights(d_model, heads, levels)
+        self.memory_width = None
 
     def forward(  # type: ignore[override]
         self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: LogLinearState | None = None

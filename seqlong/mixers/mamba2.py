@@ -78,6 +78,7 @@ class Mamba2(Mixer):
             raise ValueError(
                 f"Mamba2 needs expand * d_model divisible by head_dim, found {expand} * {d_model} and {head_dim}"
             )
+        self.memory_width = self.d_inner
         self.heads = self.d_inner // head_dim
         if self.heads % groups:
             raise ValueError(f"Mamba2 needs heads divisible by groups, found {self.heads} heads and {groups} groups")
@@ -98,6 +99,12 @@ class Mamba2(Mixer):
     def forward(
         self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: Mamba2State | None = None
     ) -> tuple[Float[Tensor, "b t d"], Mamba2State | None]:
+        return self.publish(hidden, layout, state)[:2]
+
+    def publish(
+        self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout, state: Mamba2State | None = None
+    ) -> tuple[Float[Tensor, "b t d"], Mamba2State | None, Float[Tensor, "b t p"]]:
+        """``forward``, and what comes out of the scan: y, before its gate and norm."""
         padding = layout.padding
         if padding is not None:
             hidden = hidden.masked_fill(padding[..., None], 0)
@@ -116,7 +123,7 @@ class Mamba2(Mixer):
         padding: Bool[Tensor, "b t"] | None,
         lengths: Int[Tensor, "b"] | None,
         state: Mamba2State | None,
-    ) -> tuple[Float[Tensor, "b t d"], Mamba2State | None]:
+    ) -> tuple[Float[Tensor, "b t d"], Mamba2State | None, Float[Tensor, "b t i"]]:
         """Everything after the first projection; z, x, B, C and dt are never copied out of what computed them."""
         z, xbc, dt = projected.split([self.d_inner, self.d_conv, self.heads], dim=-1)
         after: Mamba2State | None
@@ -124,8 +131,9 @@ class Mamba2(Mixer):
             y, after = self._step(xbc, dt, starts, padding, state)
         else:
             y, after = self._scan(xbc, dt, starts, padding, lengths, state)
-        y = gated_rms_norm(y.flatten(2), z, self.norm.weight, self.groups, self.norm_eps)
-        return self.out_proj(y), after
+        read = y.flatten(2)
+        y = gated_rms_norm(read, z, self.norm.weight, self.groups, self.norm_eps)
+        return self.out_proj(y), after, read
 
     def _scan(
         self,
