@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,6 +157,15 @@ def test_experts_of_every_contender_are_the_same_layer(monkeypatch: pytest.Monke
     peers = {row.peer.split(" ")[0] for row in made if row.peer_value is not None}
     assert {"torch", "seqlong"} <= peers and not any("WRONG" in row.peer for row in made)
     right = moe.Ours.forward
-    monkeypatch.setattr(moe.Ours, "forward", lambda self, x: 1.1 * right(self, x))
-    wrong = list(moe.rows([moe.Shape(8, 2, 24, 64, 16)], torch.device("cpu"), 1, ["chunked"]))
-    assert ["WRONG" in row.peer for row in wrong if row.peer.startswith("seqlong")] == [True]
+    shape = moe.Shape(8, 2, 24, 64, 16)
+    for factor in (1.1, float("nan")):
+
+        def off(self: Any, x: torch.Tensor, factor: float = factor, form: str | None = None) -> torch.Tensor:
+            return right(self, x) * (factor if self.moe.experts.implementation == form else 1.0)
+
+        monkeypatch.setattr(moe.Ours, "forward", lambda self, x, off=off: off(self, x, form="chunked"))
+        wrong = list(moe.rows([shape], torch.device("cpu"), 1, ["chunked"]))
+        assert ["WRONG" in row.peer for row in wrong if row.peer.startswith("seqlong")] == [True]
+        monkeypatch.setattr(moe.Ours, "forward", off)
+        with pytest.raises(RuntimeError, match="seqlong's output is off by"):
+            list(moe.rows([shape], torch.device("cpu"), 1, []))
