@@ -175,7 +175,7 @@ def test_json_on_the_terminal_is_json_alone(capsys: pytest.CaptureFixture[str]) 
     report = json.loads(capsys.readouterr().out)
     (op,) = report["ops"]
     assert op["runs_as"] == "sdpa" and "fused attention" in op["reason"]
-    assert set(op["errors"]["fp32"]) == {"plain", "window", "packed"}
+    assert set(op["errors"]["fp32"]) == {"plain", "window", "packed", "sinks"}
     assert op["seconds"] > 0 and op["plain_seconds"] > 0, "two forms run on a CPU, so they are compared"
 
 
