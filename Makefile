@@ -25,7 +25,7 @@ demo: $(VENV)/.installed     ## train a small hybrid on E. coli on this machine 
 test: $(VENV)/.installed-dev ## ruff, mypy and the tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev ## ruff and mypy only
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from seqlong import __version__
 from seqlong.errors import ConfigError, SeqlongError, nearest
@@ -24,6 +25,14 @@ VERBS = {
     "report": ("write the HTML report of a run again", "seqlong report runs/demo-20260801-120000"),
     "bench": ("list or run the benchmarks", "seqlong bench"),
     "doctor": ("check this machine: what each op runs as, how right and how fast", "seqlong doctor"),
+}
+# Verb -> the module whose `command(words) -> exit status` serves it; the others go through Hydra and LightningCLI.
+_COMMANDS = {
+    "show": "seqlong.show",
+    "words": "seqlong.words",
+    "report": "seqlong.report.command",
+    "bench": "seqlong.bench",
+    "doctor": "seqlong.doctor",
 }
 _LIGHTNING = ("fit", "validate", "test", "predict")
 # Flags that stand alone; every other flag may take its value from the next word.
@@ -83,24 +92,8 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if verb not in VERBS:
         raise ConfigError(f"seqlong has no verb '{verb}'{nearest(verb, VERBS) or '.'} The verbs: {', '.join(VERBS)}")
-    if verb == "report":
-        return _report(rest)
-    if verb == "bench":
-        from seqlong.bench import command
-
-        return int(command(rest) or 0)
-    if verb == "show":
-        from seqlong.show import command as show
-
-        return show(rest)
-    if verb == "words":
-        from seqlong.words import command as words_command
-
-        return words_command(rest)
-    if verb == "doctor":
-        from seqlong.doctor import command as doctor
-
-        return doctor(rest)
+    if verb in _COMMANDS:
+        return int(import_module(_COMMANDS[verb]).command(rest) or 0)
     overrides, flags = split(rest)
     if any(flag in ("-h", "--help") for flag in flags):
         from seqlong.help import verb_help
@@ -114,16 +107,3 @@ def _dispatch(words: list[str]) -> int:
     from seqlong.launch import launch
 
     return launch(verb, overrides, flags)
-
-
-def _report(words: list[str]) -> int:
-    if len(words) != 1 or words[0].startswith("-"):
-        print(f"{VERBS['report'][0]}: seqlong report RUN_FOLDER, such as {VERBS['report'][1]}")
-        return 0 if words and words[0] in ("-h", "--help") else 2
-    from pathlib import Path
-
-    from seqlong.report import write_report
-
-    folder = Path(words[0])
-    print(write_report(folder) or folder / "report.html")
-    return 0
