@@ -15,12 +15,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from seqlong import runs
 from seqlong.errors import CheckpointError, ConfigError, nearest
 
 log = logging.getLogger("seqlong")
 
 #: Where a checkpoint holds the resolved configuration of its run.
 CONFIG_KEY = "seqlong_config"
+#: Where it holds the data card: what ``describe()`` of the data module says, digests of all sequences among it.
+DATA_KEY = "seqlong_data"
 LAST = "last.ckpt"
 _PRIMITIVES = (str, int, float, bool, bytes, type(None), Tensor)
 # Lightning's copies of constructor arguments: objects that weights_only loading refuses; CONFIG_KEY replaces them.
@@ -208,6 +211,9 @@ class Checkpoints(Checkpoint):
             checkpoint.pop(key, None)
         if self._config is not None:
             checkpoint[CONFIG_KEY] = self._config
+        card = runs.read_json(Path(trainer.default_root_dir) / "data.json")  # which RunFolder wrote
+        if card is not None:
+            checkpoint[DATA_KEY] = card
         if self._validating or validation_is_due(trainer):
             # One validation batch started and none done: Lightning then runs the validation first when it goes on.
             zero = {"ready": 0, "completed": 0, "started": 0, "processed": 0}
