@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import _linear
 import torch
@@ -382,3 +383,25 @@ def lift_guard() -> bool:
     guarded = chunk_o.IS_NVIDIA_HOPPER and chunk_o.TRITON_ABOVE_3_4_0 and not chunk_o.TRITON_ABOVE_3_7_1
     chunk_o.TRITON_ABOVE_3_7_1 = True
     return bool(guarded)
+
+
+def tune_briefly(share: int, shares: int) -> None:
+    """Let Triton's autotuner time each configuration for 20 ms instead of 100, and try only a share of them.
+
+    fla has up to 36 configurations for each of a dozen kernels: to time them takes minutes, and so does compiling.
+    """
+    try:
+        import triton.testing
+        from triton.runtime.autotuner import Autotuner
+    except ImportError:
+        return
+    # Triton asks triton.testing for it each time.
+    triton.testing.do_bench = partial(triton.testing.do_bench, warmup=5, rep=20)
+    prune = Autotuner.prune_configs
+
+    def some(self: Any, *given: Any, **named: Any) -> list[Any]:
+        found = list(prune(self, *given, **named))
+        return found[share::shares] or found[:1]
+
+    if shares > 1:
+        Autotuner.prune_configs = some

@@ -28,7 +28,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER))
 
 import torch  # noqa: E402
-from _contenders import CONTENDERS, FAMILIES, lift_guard, missing  # noqa: E402
+from _contenders import CONTENDERS, FAMILIES, lift_guard, missing, tune_briefly  # noqa: E402
 from _draw_kernels import draw  # noqa: E402
 from _measure import ceilings, measure  # noqa: E402
 
@@ -64,8 +64,9 @@ def jobs(group: str, families: list[str], sizes: list[tuple[int, int]]) -> list[
     return found
 
 
-def work(todo: list[Job], seconds: float) -> None:
-    """In a child: measure each job and print what was found, a line of JSON each."""
+def work(todo: list[Job], seconds: float, share: tuple[int, int] = (0, 1)) -> None:
+    """In a child: measure each job and print what was found, a line of JSON each. Peers autotune over a share."""
+    tune_briefly(*share)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for group, family, rows, length in todo:
         said: dict[str, Any] = {"contender": group, "family": family, "rows": rows, "length": length}
@@ -120,8 +121,9 @@ def run(todo: list[Job], seconds: float, patience: float, until: float) -> Itera
             yield _failed(left.pop(0), reason)
 
 
-def _start(todo: list[Job], seconds: float) -> subprocess.Popen[str]:
+def _start(todo: list[Job], seconds: float, share: tuple[int, int] = (0, 1)) -> subprocess.Popen[str]:
     command = [sys.executable, str(Path(__file__)), "--work", json.dumps(todo), "--seconds", str(seconds)]
+    command += ["--share", "{},{}".format(*share)]
     # fla would keep on disk what it chose while others used the GPU too.
     environment = {**os.environ, "FLA_CACHE_RESULTS": "0"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
@@ -142,12 +144,15 @@ def _failed(job: Job, reason: str) -> dict[str, Any]:
 def compile_ahead(groups: list[str], families: list[str], patience: float) -> None:
     """Let the peers compile all that they autotune over, side by side, so that the timed runs find it in the cache.
 
-    Their choices are made again in the timed runs, when the GPU is theirs alone.
+    Their choices are made again in the timed runs, when the GPU is theirs alone. Each op is compiled by as many
+    processes as there are cores for, each a share of its configurations: one after the other they take minutes.
     """
     todo = [job for group in groups for family in families for job in jobs(group, [family], [(1, 4096)])]
-    children = [_start([job], 0.0) for job in todo]
+    shares = max(1, (os.cpu_count() or 1) // max(1, len(todo)))
+    each = [(job, (share, shares)) for job in todo for share in range(shares)]
+    children = [_start([job], 0.0, share) for job, share in each]
     until = time.monotonic() + patience
-    for job, child in zip(todo, children, strict=True):
+    for (job, _), child in zip(each, children, strict=True):
         try:
             child.communicate(timeout=max(1.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -217,9 +222,11 @@ def command() -> None:
     parser.add_argument("--log", type=Path, help="append every measurement to this file, as it comes")
     parser.add_argument("--read", type=Path, action="append", default=[], help="take measurements from such a file")
     parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--share", default="0,1", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:
-        work([tuple(job) for job in json.loads(given.work)], given.seconds)
+        share, shares = (int(number) for number in given.share.split(","))
+        work([tuple(job) for job in json.loads(given.work)], given.seconds, share=(share, shares))
         return
     sizes_given = given.sizes or (SIZES if torch.cuda.is_available() else TINY)
     sizes = [(int(size.split("x")[0]), int(size.split("x")[1])) for size in sizes_given.split(",") if size]
