@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,20 @@ def mixer_cost(mixer: Mixer, length: int, dtype: torch.dtype = torch.bfloat16) -
     for stack in (x for x in tensors if x.dim() == 5):  # (b h m k v)
         ran.append(_log_linear(stack.shape[2], stack[:, :, 0].numel(), each, length))
     return Cost((*products(mixer), *ran), sum(x.numel() * x.element_size() for x in tensors), "constant")
+
+
+def beside(costs: Sequence[Cost]) -> Cost:
+    """What mixers cost together; terms of one kind and formula are added up."""
+    merged: dict[tuple[str, str], Term] = {}
+    for term in (term for cost in costs for term in cost.terms):
+        known = merged.get((term.what, term.formula))
+        flops, grows = (0.0, False) if known is None else (known.flops, known.grows)
+        merged[term.what, term.formula] = replace(term, flops=flops + term.flops, grows=grows or term.grows)
+    states = [cost.state for cost in costs if cost.state is not None]
+    growth = dict.fromkeys(cost.growth for cost in costs if cost.growth not in ("none", "constant"))
+    still = "constant" if sum(states) else "none"
+    state = sum(states) if len(states) == len(costs) else None
+    return Cost(tuple(merged.values()), state, " + ".join(growth) or still)
 
 
 def feed_forward_cost(ffn: nn.Module) -> Cost:

@@ -289,6 +289,11 @@ def _named(node: Any) -> tuple[str, dict[str, Any]]:
         label, own = _named(inner)
         del settings["mixer"]
         return f"{name}({label})", {**own, **settings}
+    if isinstance(inner := settings.get("mixers"), Mapping):
+        named = {key: _named(branch) for key, branch in inner.items()}
+        del settings["mixers"]
+        own = {f"{key}.{setting}": value for key, (_, of) in named.items() for setting, value in of.items()}
+        return f"{name}({' + '.join(label for label, _ in named.values())})", {**own, **settings}
     return name, settings
 
 

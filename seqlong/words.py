@@ -83,6 +83,8 @@ PEERS: dict[str, dict[str, Peers]] = {
         "MoM": Peers("MomAttention", "", "", "mom_linear_attention (Linear-MoE)", "mixture of memories"),
         "NativeSparseAttention": Peers("NativeSparseAttention", also="NSA, DeepSeek, block selection"),
         "GatedMemoryUnit": Peers(also="GMU, SambaY, memory sharing"),
+        "Parallel": Peers("", "", "FalconH1DecoderLayer", "",
+            "hybrid heads, parallel heads, Hymba, Falcon-H1, attention beside SSM"),
         "RGLRU": Peers("", "", "RecurrentGemmaRglru", "", "Griffin, RG-LRU, Hawk"),
         "RWKV6": Peers("RWKV6Attention", "", "", "rwkv6 (Linear-MoE)", "Finch"),
         "RWKV7": Peers("RWKV7Attention", "", "", "rwkv7 (Linear-MoE)", "Goose"),

@@ -50,6 +50,7 @@ from seqlong.mixers import (
     MoH,
     MoM,
     NativeSparseAttention,
+    Parallel,
     Rat,
     RetNet,
     Scout,
@@ -115,6 +116,22 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "sse": partial(SSE, heads=2, parts=3, active=2, expand_k=0.5),
     "moh": partial(MoH, heads=4, shared=2, active=1, kv_heads=2),
     "moh_none_shared": partial(MoH, heads=4, shared=0, active=2, window=5, positions="none"),
+    "parallel": partial(
+        Parallel, mixers={"a": partial(Attention, heads=2, window=5), "m": partial(Mamba2, d_state=8, head_dim=8)}
+    ),
+    "parallel_sum": partial(
+        Parallel,
+        mixers={
+            "a": partial(Attention, heads=4),
+            "d": partial(GatedDeltaNet, heads=2, head_dim=6),
+            "h": partial(MoH, heads=4, shared=2, active=1),
+        },
+        combine="sum",
+        norm=False,
+    ),
+    "parallel_both_sides": partial(
+        Parallel, mixers={"a": partial(Attention, heads=2, causal=False), "g": partial(GLA, heads=2)}
+    ),
     "mamba2_both_sides": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8)),
     "mamba2_both_sides_tied": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8), tied=True),
 }

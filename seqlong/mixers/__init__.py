@@ -16,6 +16,7 @@ from seqlong.mixers.mamba2 import Mamba2
 from seqlong.mixers.mlstm import MLSTM
 from seqlong.mixers.moh import MoH
 from seqlong.mixers.mom import MoM
+from seqlong.mixers.parallel import Parallel
 from seqlong.mixers.rat import Rat
 from seqlong.mixers.rglru import RGLRU
 from seqlong.mixers.rwkv6 import RWKV6
@@ -57,6 +58,7 @@ __all__ = [
     "MoH",
     "MoM",
     "NativeSparseAttention",
+    "Parallel",
     "Rat",
     "RetNet",
     "Scout",
