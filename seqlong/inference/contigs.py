@@ -1,0 +1,119 @@
+"""Contig names of one file found in another: chr1 and 1, chrM and MT, RefSeq accessions, and cut-out regions."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from seqlong.datamodules.dna.genome import Genome
+from seqlong.errors import nearest
+
+_MITOCHONDRION = ("MT", "M", "chrM", "chrMT", "MtDNA", "mito", "mitochondrion")
+#: Numbers of RefSeq accessions NC_0000nn -> chromosome. NCBI, human (any assembly) and mouse.
+_REFSEQ = {
+    **{number: str(number) for number in range(1, 23)},
+    23: "X",
+    24: "Y",
+    12920: "MT",
+    1807: "MT",
+    **{66 + number: str(number) for number in range(1, 20)},
+    86: "X",
+    87: "Y",
+    5089: "MT",
+}
+_ACCESSION = re.compile(r"NC_0*(\d+)(?:\.\d+)?")
+_REGION = re.compile(r"(.+):([\d,]+)-([\d,]+)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a contig's positions are in a genome.
+
+    Attributes:
+        contig: number of the genome's contig.
+        offset: base of the named contig, from 0, that the genome's contig begins with.
+    """
+
+    contig: int
+    offset: int = 0
+
+
+@dataclass
+class Contigs:
+    """Finds the contigs that another file names.
+
+    A name is looked up as it is, then under its other names: with and without ``chr``, as the mitochondrion, as a
+    RefSeq accession of human or mouse. A contig called ``NAME:START-STOP`` (from 1, both counted) and of that length is
+    this part of NAME, as ``samtools faidx`` writes it.
+
+    Attributes:
+        genome: where to look.
+        renamed: what was found under another name, as a sentence each, in the order of asking.
+    """
+
+    genome: Genome
+    renamed: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._known: dict[str, Place | None] = {}
+        self._names: dict[str, Place] = {}
+        self._regions: dict[str, list[tuple[Place, int]]] = {}
+        for number, contig in enumerate(self.genome.contigs):
+            self._names.setdefault(contig.name, Place(number))
+            match = _REGION.fullmatch(contig.name)
+            if match:
+                start, stop = (int(text.replace(",", "")) for text in match.group(2, 3))
+                if stop - start + 1 == contig.length:
+                    self._regions.setdefault(match[1], []).append((Place(number, start - 1), stop))
+
+    def find(self, name: str, position: int = 0) -> Place | None:
+        """Where ``position`` (from 0) of the contig ``name`` is; None if no contig of the genome holds it."""
+        if name not in self._known:
+            self._known[name] = self._look_up(name)
+        found = self._known[name]
+        if found is not None:
+            return found
+        for other in (name, *aliases(name)):
+            for place, stop in self._regions.get(other, ()):
+                if place.offset <= position < stop:
+                    self._tell(name, place)
+                    return place
+        return None
+
+    def closest(self, name: str) -> str:
+        """A hint for a name that was not found."""
+        return nearest(name, [*self._names, *self._regions])
+
+    def _look_up(self, name: str) -> Place | None:
+        if name in self._names:
+            return self._names[name]
+        for other in aliases(name):
+            if other in self._names:
+                self._tell(name, self._names[other])
+                return self._names[other]
+        return None
+
+    def _tell(self, name: str, place: Place) -> None:
+        said = f"contig '{name}' is read from '{self.genome.contigs[place.contig].name}'"
+        if said not in self.renamed:
+            self.renamed.append(said)
+
+
+def aliases(name: str) -> list[str]:
+    """Other names of a contig, likeliest first."""
+    found: list[str] = []
+    bare = name.removeprefix("chr").removeprefix("Chr").removeprefix("CHR")
+    if name in _MITOCHONDRION:
+        found += _MITOCHONDRION
+    match = _ACCESSION.fullmatch(name)
+    if match and int(match[1]) in _REFSEQ:
+        chromosome = _REFSEQ[int(match[1])]
+        found += [chromosome, f"chr{chromosome}", *(_MITOCHONDRION if chromosome == "MT" else ())]
+    found += [bare, f"chr{bare}", f"Chr{bare}"]
+    # The other way round: the accession of a chromosome. Versions differ between assemblies, so the newest comes first.
+    chromosome = "MT" if name in _MITOCHONDRION else bare
+    for number, called in _REFSEQ.items():
+        if called == chromosome:
+            found += [f"NC_{number:06d}.{version}" for version in range(15, 0, -1)]
+    found += [name.partition(".")[0], f"{name}.1"]  # an accession with and without its version
+    return [other for place, other in enumerate(found) if other != name and other not in found[:place]]
