@@ -23,6 +23,7 @@ VERBS = {
     "show": ("show a model: its blocks, parameters, state and FLOPs", "seqlong show model=hybridna_300m"),
     "words": ("say what other libraries call things", "seqlong words window"),
     "report": ("write the HTML report of a run again", "seqlong report runs/demo-20260801-120000"),
+    "video": ("look at video files: what they hold, what decodes", "seqlong video check clips/"),
     "bench": ("list or run the benchmarks", "seqlong bench"),
     "doctor": ("check this machine: what each op runs as, how right and how fast", "seqlong doctor"),
 }
@@ -31,6 +32,7 @@ _COMMANDS = {
     "show": "seqlong.show",
     "words": "seqlong.words",
     "report": "seqlong.report.command",
+    "video": "seqlong.video",
     "bench": "seqlong.bench",
     "doctor": "seqlong.doctor",
 }

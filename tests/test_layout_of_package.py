@@ -50,6 +50,7 @@ TOP = {
     "report",
     "show",
     "sweep",
+    "video",
     "words",
 }
 

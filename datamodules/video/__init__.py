@@ -1,0 +1,1 @@
+"""Video: from files to rows of patches or tokens."""
