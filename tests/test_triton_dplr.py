@@ -120,4 +120,9 @@ def test_on_a_gpu_errors_are_those_of_bfloat16(gate: str) -> None:
     inputs = draw(1, 1337, 4, 64, 64, gate, torch.bfloat16)
     exact = results(in_double(inputs), implementation="reference")
     moved = {name: x.detach().cuda().requires_grad_() for name, x in inputs.items()}
-    agree({n: x.cpu() for n, x in results(moved, implementation="triton").items()}, exact, 1.5e-2)
+    found = {n: x.cpu() for n, x in results(moved, implementation="triton").items()}
+    # The gradient of a log decay is a difference of products as large as q times its gradient: those are its measure.
+    away = found.pop("grad of log_decay").double() - exact["grad of log_decay"].double()
+    terms = (inputs["q"].detach().double() * exact["grad of q"].double()).square().mean().sqrt()
+    assert away.square().mean().sqrt() < 1.5e-2 * terms
+    agree(found, exact, 1.5e-2)

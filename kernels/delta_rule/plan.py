@@ -21,7 +21,7 @@ class Plan(Cut):
         programs_per_sm: segments are cut so that about this many programs of the walk fall to a multiprocessor.
         value_tile: value columns of a program.
         prepare: warps that make products of the rows of a chunk, with one decay a head.
-        products: warps that make those of 16 rows of a chunk, with one decay a channel.
+        products: warps that make those of a chunk, with one decay a channel.
         states, forward, adjoint: ``10 * warps + stages`` of the walks: of segments, with output, from the right.
         local, keys: warps.
     """
@@ -29,7 +29,7 @@ class Plan(Cut):
     programs_per_sm: int = 2
     value_tile: int = 64
     prepare: int = 4
-    products: int = 2
+    products: int = 4
     states: int = 42
     forward: int = 42
     adjoint: int = 42
@@ -67,7 +67,7 @@ def candidates() -> dict[str, dict[str, list[tuning.Config]]]:
             replace(first, states=42, forward=42, adjoint=42, keys=8),
             replace(first, states=42, forward=42, adjoint=42, local=4),
             replace(first, states=42, forward=42, adjoint=42, prepare=8),
-            replace(first, states=42, forward=42, adjoint=42, products=4),
+            replace(first, states=42, forward=42, adjoint=42, products=8),
         ]
         found[tuning.key(torch.bfloat16, k=k, v=v, channels=channels)] = [asdict(plan) for plan in tried]
     return {"delta_rule": found}
