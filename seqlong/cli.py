@@ -24,6 +24,10 @@ VERBS = {
     "words": ("say what other libraries call things", "seqlong words window"),
     "report": ("write the HTML report of a run again", "seqlong report runs/demo-20260801-120000"),
     "video": ("look at video files: what they hold, what decodes", "seqlong video check clips/"),
+    "score": (
+        "annotate a VCF with how likely each variant is",
+        "seqlong score variants.vcf.gz --ref ref.fa --ckpt last --window 8192,65536",
+    ),
     "bench": ("list or run the benchmarks", "seqlong bench"),
     "doctor": ("check this machine: what each op runs as, how right and how fast", "seqlong doctor"),
 }
@@ -35,6 +39,7 @@ _COMMANDS = {
     "video": "seqlong.video",
     "bench": "seqlong.bench",
     "doctor": "seqlong.doctor",
+    "score": "seqlong.inference.score",
 }
 _LIGHTNING = ("fit", "validate", "test", "predict")
 # Flags that stand alone; every other flag may take its value from the next word.
