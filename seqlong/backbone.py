@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqlong.batch import SequenceBatch
-from seqlong.block import MEMORY, Block, Checkpointing, run_block
+from seqlong.block import MEMORY, Block, Checkpointing, Residual, run_block
+from seqlong.embeddings import PatchFactory, embed
 from seqlong.errors import ConfigError, nearest
 from seqlong.ffn import FeedForwardFactory, SwiGLU
 from seqlong.layout import SequenceLayout
@@ -35,6 +36,7 @@ class BackboneConfig:
             have one mixer and two feed-forwards.
         reads: letter -> letter: a block of the first reads what the last block of the second before it publishes: keys
             and values, for ``SharedAttention``, or the output of a recurrence, for ``GatedMemoryUnit``.
+        patches: what embeds patches (of a video), given as class_path and init_args; null: the model reads tokens only.
         norm: kind of norm before each half and at the end.
         norm_eps: added under the root in norms.
         checkpointing: what training keeps for the backward pass. ``none``: everything, fastest. ``selective``: matrix
@@ -55,6 +57,7 @@ class BackboneConfig:
     reads: dict[str, str] = field(default_factory=dict)
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
+    patches: PatchFactory | None = None
     checkpointing: Checkpointing = "none"
     tile: int = 16384
     residual_in_fp32: bool = True
@@ -133,6 +136,12 @@ class Backbone(nn.Module):
         blocks = []
         for layer, letter in enumerate(self.letters):
             try:
+        self.patch_embedding: nn.Module | None = None
+        if config.patches is not None:
+            try:
+                self.patch_embedding = config.patches(config.d_model)
+            except ValueError as error:
+                raise ConfigError(f"backbone.patches: {error}") from error
                 mixer = config.mixers[letter](config.d_model)
                 mixer.place(layer, len(self.letters))
             except ValueError as error:
@@ -171,11 +180,9 @@ class Backbone(nn.Module):
         """Hidden states of every position.
 
         Args:
-            batch: tokens, with segment ids and positions if there are any.
+            batch: tokens, patches or both, with segment ids and positions if there are any.
             state: from the window before, or ``initial_state`` to begin a stream; None keeps none.
         """
-        if batch.tokens is None:
-            raise ValueError("this backbone embeds tokens; the batch has none")
         rows, length = batch.shape
         if state is not None and batch.continues is not None:
             state = state.keep(batch.continues)
@@ -185,9 +192,9 @@ class Backbone(nn.Module):
             batch.segment_ids,
             batch.positions,
             offset=None if state is None else state.position,
-            device=batch.tokens.device,
+            device=batch.inputs.device,
         )
-        hidden = self.embedding(batch.tokens)
+        hidden = embed(batch.tokens, batch.patches, batch.positions, self.embedding, self.patch_embedding)
         if not self.residual_in_fp32 and torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         after: list[Any] = []

@@ -18,7 +18,7 @@ class SequenceBatch:
     attention, states, convolutions and positions start afresh at each. Padding stands at the end of a row.
 
     Attributes:
-        tokens: ``(b t)`` int64 token ids; None when ``patches`` is given.
+        tokens: ``(b t)`` int64 token ids, -1 where a patch stands; None when there are ``patches`` alone.
         targets: ``(b t)`` int64, the token that each position should predict; -1 where there is none. A causal
             target is already shifted, so rows may be sliced along t without losing any.
         loss_weight: ``(b t)`` float32, the weight of each position's loss: 0 for padding and unknown bases, a fraction
@@ -32,7 +32,7 @@ class SequenceBatch:
         index: ``(b)`` int64, the number of each sample in the endless training order; seeds everything random about
             it, so that a resumed run draws the same.
         source: where each row came from, such as ``"chr1:1000-2000:+"``.
-        patches: ``(b t p)`` float, instead of tokens.
+        patches: ``(b t p)`` float, instead of tokens, or between them.
     """
 
     tokens: Int[Tensor, "b t"] | None = None

@@ -47,7 +47,7 @@ class SequenceLayout:
         rows: int,
         length: int,
         segment_ids: Int[Tensor, "b t"] | None = None,
-        positions: Int[Tensor, "b t"] | None = None,
+        positions: Int[Tensor, "b t"] | Int[Tensor, "b t 3"] | None = None,
         offset: Int[Tensor, "b"] | None = None,
         device: torch.device | str = "cpu",
     ) -> SequenceLayout:

@@ -1,0 +1,93 @@
+"""Embeddings of what is no token: patches of a video, with learned positions as an option."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class PatchEmbedding(nn.Module):
+    """``h = W x + b (+ Σ_a table_a[position_a])``: one hidden state a patch, whatever shape it was cut in.
+
+    b is what tells a patch from a token in a row of both. Without tables, positions are left to the mixers: rotary
+    embedding on several axes (``rope_axes``), or the order of a recurrent mixer. Then resolution and the number of
+    frames may differ from training's.
+
+    Args:
+        d_model: width of the residual stream.
+        size: numbers of a patch: frames x height x width x 3.
+        tables: learned positions for each axis of the positions, so many for time, height and width; none if not given.
+            (Factorised as in ViViT, arXiv 2103.15691.)
+
+    Raises:
+        ValueError: a size that is not positive.
+    """
+
+    def __init__(self, d_model: int, size: int, tables: Sequence[int] | None = None) -> None:
+        super().__init__()
+        if size < 1 or any(count < 1 for count in tables or ()):
+            raise ValueError(f"PatchEmbedding needs a size and tables of 1 or more, found {size} and {tables}")
+        self.size = size
+        self.projection = nn.Linear(size, d_model)
+        # Patches have about unit variance; the result is to be as large as a token's embedding.
+        nn.init.normal_(self.projection.weight, std=0.02 / math.sqrt(size) * 4)
+        nn.init.normal_(self.projection.bias, std=0.02)
+        self.tables = nn.ModuleList(nn.Embedding(count, d_model) for count in tables or ())
+        for table in self.tables:
+            nn.init.normal_(table.weight, std=0.02)  # type: ignore[arg-type]
+
+    def forward(
+        self, patches: Float[Tensor, "b t p"], positions: Int[Tensor, "b t"] | Int[Tensor, "b t a"] | None = None
+    ) -> Float[Tensor, "b t d"]:
+        """Hidden states of patches.
+
+        Raises:
+            ValueError: patches of another size, no positions for the tables, or (from torch) ones beyond them.
+        """
+        if patches.shape[-1] != self.size:
+            raise ValueError(
+                f"patches of {patches.shape[-1]} numbers, but backbone.patches was built for {self.size} "
+                "(frames x height x width x 3); set backbone.patches.init_args.size"
+            )
+        hidden = self.projection(patches.to(self.projection.weight.dtype))
+        if not self.tables:
+            return hidden
+        if positions is None or positions.dim() != 3 or positions.shape[-1] != len(self.tables):
+            raise ValueError(f"tables for {len(self.tables)} axes need positions (b t {len(self.tables)})")
+        for axis, table in enumerate(self.tables):
+            hidden = hidden + table(positions[..., axis])
+        return hidden
+
+
+#: Builds an embedding of patches for a width. In YAML: ``{class_path: seqlong.embeddings.PatchEmbedding, ...}``.
+PatchFactory = Callable[[int], PatchEmbedding]
+
+
+def embed(
+    tokens: Int[Tensor, "b t"] | None,
+    patches: Float[Tensor, "b t p"] | None,
+    positions: Tensor | None,
+    of_tokens: nn.Embedding,
+    of_patches: PatchEmbedding | None,
+) -> Float[Tensor, "b t d"]:
+    """Hidden states of a row of tokens, of patches, or of both: a patch stands where the token is -1.
+
+    Raises:
+        ValueError: patches, and nothing that embeds them.
+    """
+    if patches is None:
+        assert tokens is not None
+        return of_tokens(tokens)
+    if of_patches is None:
+        raise ValueError(
+            "the batch holds patches, but the model embeds tokens only; set backbone.patches to "
+            f"{{class_path: seqlong.embeddings.PatchEmbedding, init_args: {{size: {patches.shape[-1]}}}}}"
+        )
+    seen = of_patches(patches, positions)
+    if tokens is None:
+        return seen
+    return torch.where((tokens >= 0)[..., None], of_tokens(tokens.clamp(min=0)).to(seen.dtype), seen)
