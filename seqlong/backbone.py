@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqlong.batch import SequenceBatch
-from seqlong.block import MEMORY, Block, Checkpointing, Residual, run_block
+from seqlong.block import MEMORY, Block, Checkpointing, run_block
 from seqlong.embeddings import PatchFactory, embed
 from seqlong.errors import ConfigError, nearest
 from seqlong.ffn import FeedForwardFactory, SwiGLU
@@ -55,9 +55,9 @@ class BackboneConfig:
     ffn: FeedForwardFactory | None = SwiGLU
     ffns: dict[str, FeedForwardFactory | None] = field(default_factory=dict)
     reads: dict[str, str] = field(default_factory=dict)
+    patches: PatchFactory | None = None
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
-    patches: PatchFactory | None = None
     checkpointing: Checkpointing = "none"
     tile: int = 16384
     residual_in_fp32: bool = True
@@ -133,15 +133,15 @@ class Backbone(nn.Module):
             return NORMS[config.norm](width, config.norm_eps)
 
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        blocks = []
-        for layer, letter in enumerate(self.letters):
-            try:
         self.patch_embedding: nn.Module | None = None
         if config.patches is not None:
             try:
                 self.patch_embedding = config.patches(config.d_model)
             except ValueError as error:
                 raise ConfigError(f"backbone.patches: {error}") from error
+        blocks = []
+        for layer, letter in enumerate(self.letters):
+            try:
                 mixer = config.mixers[letter](config.d_model)
                 mixer.place(layer, len(self.letters))
             except ValueError as error:
