@@ -30,7 +30,7 @@ sys.path.insert(0, str(FOLDER))
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from _contenders import import_mamba_ssm, lend_convolution, missing  # noqa: E402
+from _contenders import import_mamba_ssm, lend_convolution, missing, tune_briefly  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 # kernels.py beside this script is not PyPI's package of that name, which transformers looks for.
@@ -183,7 +183,7 @@ BUILDERS = {"seqlong": ours, "fla": fla, "transformers": transformers}
 
 
 def step_speed(model: str, contender: str, length: int, steps: int, checkpointing: str) -> dict[str, Any]:
-    """Best of ``steps`` training steps after two to warm up."""
+    """Best of ``steps`` training steps after two to warm up, or the second where one is asked for."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     with device:
@@ -193,7 +193,8 @@ def step_speed(model: str, contender: str, length: int, steps: int, checkpointin
     tokens = torch.randint(0, MODELS[model], (1, length + 1), device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     seconds, losses = [], []
-    for _ in range(2 + steps):
+    warm = 2 if steps > 1 else 1
+    for _ in range(warm + steps):
         begin = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16):
             loss = loss_of(inputs, targets)
@@ -203,12 +204,15 @@ def step_speed(model: str, contender: str, length: int, steps: int, checkpointin
         losses.append(float(loss))  # waits for the GPU
         seconds.append(time.perf_counter() - begin)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    return {"tokens_per_s": length / min(seconds[2:]), "first_s": seconds[0], "peak_gib": peak, "loss": losses[0],
+    return {"tokens_per_s": length / min(seconds[warm:]), "first_s": seconds[0], "peak_gib": peak, "loss": losses[0],
             "parameters": sum(weight.numel() for weight in net.parameters())}  # fmt: skip
 
 
-def work(model: str, contender: str, length: int, steps: int, checkpointing: str) -> None:
-    """In a child: print what was found."""
+def work(
+    model: str, contender: str, length: int, steps: int, checkpointing: str, share: int = 0, shares: int = 1
+) -> None:
+    """In a child: print what was found. Of what a peer autotunes over, a share."""
+    tune_briefly(share, shares)
     try:
         found = step_speed(model, contender, length, steps, checkpointing)
         if not math.isfinite(found["loss"]):
@@ -223,6 +227,8 @@ def work(model: str, contender: str, length: int, steps: int, checkpointing: str
 def measured(model: str, contender: str, length: int, steps: int, checkpointing: str, patience: float, log: Path | None
              ) -> dict[str, Any]:  # fmt: skip
     """Run ``work`` in a child."""
+    if contender != "seqlong" and torch.cuda.is_available():
+        compile_ahead(model, contender, patience)
     job = json.dumps([model, contender, length, steps, checkpointing])
     try:
         command = [sys.executable, __file__, "--work", job]
@@ -239,6 +245,21 @@ def measured(model: str, contender: str, length: int, steps: int, checkpointing:
         with log.open("a") as file:
             file.write(json.dumps(found) + "\n")
     return found
+
+
+def compile_ahead(model: str, contender: str, patience: float) -> None:
+    """Let a peer compile what it autotunes over in several processes, each a share, on a short row."""
+    shares = max(1, min(6, (os.cpu_count() or 1) // 2))
+    jobs = [json.dumps([model, contender, 4096, 1, "block", share, shares]) for share in range(shares)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    children = [subprocess.Popen([sys.executable, __file__, "--work", job], **quiet) for job in jobs]
+    until = time.monotonic() + patience
+    for child in children:
+        try:
+            child.wait(max(1.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
 
 
 def rows(given: argparse.Namespace) -> Iterator[Row]:
