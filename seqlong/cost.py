@@ -19,7 +19,6 @@ from seqlong.ffn.moe import MoE
 from seqlong.ffn.router import Router
 from seqlong.mixers.attention import Attention
 from seqlong.mixers.base import Mixer
-from seqlong.mixers.bidirectional import Bidirectional
 
 #: FLOPs a token of each number of a recurrent state ``(h k v)``: what ``kernels/*/reference.py`` does to it. Classes by
 #: name, their bases too; a mixer that is not here counts as one with a decay.
@@ -91,11 +90,6 @@ def mixer_cost(mixer: Mixer, length: int, dtype: torch.dtype = torch.bfloat16) -
         cost = own(length, dtype) if "dtype" in inspect.signature(own).parameters else own(length)
         assert isinstance(cost, Cost)
         return cost
-    if isinstance(mixer, Bidirectional):
-        backward = mixer.forward_mixer if mixer.backward_mixer is None else mixer.backward_mixer
-        assert isinstance(backward, Mixer)
-        terms = (*mixer_cost(mixer.forward_mixer, length, dtype).terms, *mixer_cost(backward, length, dtype).terms)
-        return Cost(terms, None, "needs the whole row")
     if isinstance(mixer, Attention):
         return _attention(mixer, length, dtype)
     tensors = list(_tensors(mixer.initial_state(1, "meta", dtype)))

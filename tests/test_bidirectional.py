@@ -1,16 +1,51 @@
-"""bidirectional_decay against its definition: the sum over tokens, two loops, and chunks; Triton in its interpreter."""
+"""bidirectional_decay against its definition: the sum over tokens, two loops, and chunks; Triton in its interpreter.
+And ``Bidirectional`` around every mixer, against readings of each segment from either end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import seqlong.mixers
+from seqlong.block import Block
+from seqlong.cost import mixer_cost
 from seqlong.kernels import runtime
 from seqlong.kernels.scalar_decay import bidirectional, bidirectional_decay, chunked
+from seqlong.layout import SequenceLayout
+from seqlong.mixers import (
+    GLA,
+    HGRN2,
+    MLSTM,
+    SSE,
+    Attention,
+    Based,
+    Bidirectional,
+    CosFormer2,
+    GatedDeltaNet,
+    GatedMemoryUnit,
+    Hedgehog,
+    LightningAttention,
+    LinearAttention,
+    LogLinearGatedDeltaNet,
+    Mamba2,
+    Mixer,
+    MoH,
+    MoM,
+    RetNet,
+    SimpleGLA,
+    readings,
+)
+from seqlong.mixers.readings import bidirectional_form
+from seqlong.norms import RMSNorm
 
 
 @pytest.fixture(autouse=True)
@@ -211,3 +246,204 @@ def test_triton_reads_heads_that_share_queries_twice(device: str) -> None:
 def test_other_types_and_devices_say_why_not() -> None:
     with pytest.raises(ValueError, match="bidirectional_decay cannot run in Triton: "):
         bidirectional_decay(*inputs(1, 5, 1, 1, 4, 4), implementation="triton")
+
+
+# -- the mixer that runs others from both ends -------------------------------------------------------------------------
+
+WIDTH = 64
+KINDS: dict[str, Callable[[int], Mixer]] = {
+    name: kind
+    for name in seqlong.mixers.__all__
+    if inspect.isclass(kind := getattr(seqlong.mixers, name))
+    and issubclass(kind, Mixer)
+    and kind not in (Mixer, Bidirectional)
+}
+ENDS = [[(0, 9), (9, 10), (10, 23)], [(0, 17)]]
+TURNED = sorted(name for name, kind in KINDS.items() if bidirectional_form(kind(WIDTH)) != "none")
+
+
+def packed() -> tuple[Tensor, SequenceLayout]:
+    ids = torch.tensor([[1] * 9 + [2] + [3] * 13, [1] * 17 + [0] * 6], dtype=torch.int32)
+    return torch.randn(2, 23, WIDTH, dtype=torch.float64), SequenceLayout.build(2, 23, ids)
+
+
+def shaken(mixer: Mixer) -> Any:
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return mixer.double()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", TURNED)
+def test_every_mixer_runs_both_ways_over_each_segment(name: str, tied: bool) -> None:
+    both = shaken(Bidirectional(WIDTH, KINDS[name], tied=tied))
+    hidden, layout = packed()
+    found, state = both(hidden, layout)
+    other = both.forward_mixer if tied else both.backward_mixer
+    assert state is None and (both.backward_mixer is None) is tied
+    for row, segments in enumerate(ENDS):
+        for a, z in segments:
+            part, alone = hidden[row : row + 1, a:z], SequenceLayout.build(1, z - a)
+            expected = both.forward_mixer(part, alone)[0] + other(part.flip(1), alone)[0].flip(1)
+            torch.testing.assert_close(found[row : row + 1, a:z], expected, rtol=1e-9, atol=1e-9)
+
+
+def gates(mixer: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """q, k, v and the log-decay (t h k) of a linear mixer, from its formula."""
+    heads, width = mixer.heads, mixer.key_dim
+    if isinstance(mixer, SimpleGLA):
+        return [q / width**0.5, k, v, (F.logsigmoid(mixer.decay_proj(x)) / 16)[..., None].expand(k.shape)]
+    if isinstance(mixer, GLA):
+        return [q / width**0.5, k, v, F.logsigmoid(mixer.decay_proj(x)).unflatten(1, (heads, width)) / 16]
+    if isinstance(mixer, HGRN2):
+        keep = mixer.bound.sigmoid() + (1 - mixer.bound.sigmoid()) * k.sigmoid()
+        return [q, 1 - keep, v, keep.log()]
+    if isinstance(mixer, MLSTM):
+        forget, write = mixer.gates_proj(x).chunk(2, dim=-1)
+        return [q / width**0.5, k * write.sigmoid()[..., None], v, F.logsigmoid(forget)[..., None].expand(k.shape)]
+    return [q, k, v, mixer.decay.numbers[:, None].expand(k.shape)]
+
+
+JOINED: dict[str, Callable[[int], Mixer]] = {
+    "linear_attention": LinearAttention,
+    "linear_attention_gated": partial(LinearAttention, feature="silu", gate="silu"),
+    "retnet": RetNet,
+    "lightning": LightningAttention,
+    "cosformer2": CosFormer2,
+    "hedgehog": Hedgehog,
+    "based": partial(Based, feature_dim=4),
+    "simple_gla": partial(SimpleGLA, conv_width=0),
+    "gla": GLA,
+    "hgrn2": HGRN2,
+    "mlstm": partial(MLSTM, input_gate="sigmoid", input_bias=0.0),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_joined_readings_are_a_sum_over_the_whole_segment(name: str) -> None:
+    """A pair of tokens at a time: every token s of the segment, weighed by the decays between it and t, t once."""
+    both = shaken(Bidirectional(WIDTH, JOINED[name], join="readings"))
+    mixer = both.forward_mixer
+    hidden, layout = packed()
+    found = both(hidden, layout)[0]
+    for row, segments in enumerate(ENDS):
+        for a, z in segments:
+            x, alone = hidden[row, a:z], SequenceLayout.build(1, z - a)
+            q, k, v = mixer.qkv_proj(x[None]).split(list(mixer.widths), dim=-1)
+            q, k, v = (part.unflatten(2, (mixer.heads, -1)) for part in (q, k, v))
+            q, k, v, g = gates(mixer, x, *(part[0] for part in mixer.features(q, k, v, alone)))
+            if name in ("hedgehog", "based"):
+                v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+            read = torch.zeros_like(v)
+            g = g.expand(z - a, *g.shape[-2:])
+            for t in range(z - a):
+                for s in range(z - a):
+                    faded = (g[s + 1 : t + 1] if s <= t else g[t:s]).sum(0).exp()
+                    read[t] += (q[t] * faded * k[s]).sum(-1, keepdim=True) * v[s]
+            expected = mixer.out_proj(mixer.finish(read[None], x[None]).flatten(2))[0]
+            torch.testing.assert_close(found[row, a:z], expected, rtol=1e-8, atol=1e-8)
+
+
+def test_joined_readings_of_a_delta_rule() -> None:
+    """Left and right by the recurrence of a token; what a token reads of itself, β (q·k) v, once."""
+    both = shaken(Bidirectional(WIDTH, partial(GatedDeltaNet, heads=1, head_dim=8, conv_width=0), join="readings"))
+    mixer = both.forward_mixer
+    hidden, layout = packed()
+    found = both(hidden, layout)[0]
+    for row, segments in enumerate(ENDS):
+        for a, z in segments:
+            x = hidden[row, a:z]
+            q, k, v = mixer.qkv_proj(x).split(list(mixer.widths), dim=-1)
+            q, k = (part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt() for part in (q, k))
+            beta = mixer.beta_proj(x).sigmoid()
+            fade = (-mixer.A_log.exp() * F.softplus(mixer.decay_proj(x) + mixer.dt_bias)).exp()
+            read = -beta * (q * k).sum(-1, keepdim=True) * v
+            for order in (range(z - a), reversed(range(z - a))):
+                state = torch.zeros(8, v.shape[1], dtype=torch.float64)
+                for t in order:
+                    state = fade[t] * state
+                    state = state + beta[t] * torch.outer(k[t], v[t] - k[t] @ state)
+                    read[t] += q[t] @ state
+            read = (read / 8**0.5)[None, :, None]
+            expected = mixer.out_proj(mixer.finish(read, x[None]).flatten(2))[0]
+            torch.testing.assert_close(found[row, a:z], expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["linear_attention", "simple_gla", "hedgehog", "mlstm"])
+def test_one_op_is_the_definition_and_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = shaken(Bidirectional(WIDTH, JOINED[name], join="readings"))
+    hidden, layout = packed()
+    calls: list[bool] = []
+    op = readings.bidirectional_decay
+    monkeypatch.setattr(readings, "bidirectional_decay", lambda *a, **k: calls.append(True) or op(*a, **k))
+    found = both(hidden, layout)[0]
+    assert bool(calls) == (bidirectional_form(both.forward_mixer) == "one op") == (name != "mlstm")
+    monkeypatch.setattr(readings, "_in_one_op", readings.by_definition)
+    real = (layout.segment_ids > 0)[..., None]
+    torch.testing.assert_close(found.where(real, 0), both(hidden, layout)[0].where(real, 0), rtol=1e-10, atol=1e-10)
+
+
+def test_joined_readings_have_one_set_of_weights_and_half_the_products() -> None:
+    apart, joined = (Bidirectional(WIDTH, GLA, tied=True, join=join) for join in ("outputs", "readings"))  # type: ignore[arg-type]
+    assert joined.tied and set(joined.state_dict()) == set(apart.state_dict())
+    one = {term.what: term.flops for term in mixer_cost(GLA(WIDTH), 50).terms}
+    costs = [{t.what: t.flops for t in mixer_cost(mixer, 50).terms} for mixer in (apart, joined)]
+    assert costs[0] == {what: 2 * flops for what, flops in one.items()}
+    assert costs[1] == {"products": one["products"], "recurrence": 2 * one["recurrence"]}
+    assert mixer_cost(joined, 50).state is None
+
+
+def test_both_directions_are_told_their_place() -> None:
+    for tied in (True, False):
+        both = Bidirectional(WIDTH, LightningAttention, tied=tied)
+        both.place(2, 5)
+        alone = LightningAttention(WIDTH)
+        alone.place(2, 5)
+        for mixer in (both.forward_mixer, both.forward_mixer if tied else both.backward_mixer):
+            assert torch.equal(mixer.decay.numbers, alone.decay.numbers)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("inner", [MoM, MoH, SSE])
+def test_routers_inside_are_balanced_in_training(inner: Callable[[int], Mixer]) -> None:
+    hidden, layout = packed()
+    for tied in (True, False):
+        block = Block(WIDTH, shaken(Bidirectional(WIDTH, inner, tied=tied)), None, RMSNorm).double()
+        both: Any = block.mixer
+        normed = block.mixer_norm(hidden)
+        expected = both.forward_mixer.router_loss_sum(normed, layout)
+        if not tied:
+            expected = expected + both.backward_mixer.router_loss_sum(normed, layout)  # it asks for no order
+        said: dict[str, Any] = {}
+        block(hidden, layout, aux=said)
+        torch.testing.assert_close(said["router_loss_sum"], expected)
+        assert expected > 0
+
+
+def test_what_has_no_other_direction_says_so() -> None:
+    for kind, complaint in (
+        (partial(Attention, causal=False), "Attention already sees both sides"),
+        (GatedMemoryUnit, "GatedMemoryUnit reads another block's memory"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            Bidirectional(WIDTH, kind)
+    for kind, complaint in (
+        (Mamba2, "readings of Mamba2 cannot be joined before they are normed; set join=outputs"),
+        (MLSTM, "readings of MLSTM cannot"),
+        (LogLinearGatedDeltaNet, "readings of LogLinearGatedDeltaNet cannot"),
+        (SimpleGLA, "the convolution of SimpleGLA has one; set its conv_width=0, or join=outputs"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            Bidirectional(WIDTH, kind, join="readings")
+        Bidirectional(WIDTH, kind)
+
+
+def test_the_documentation_says_what_each_mixer_can() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "mixers.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    told = {word.strip("` "): row[-2] for row in rows for word in row[0].split(",")}
+    assert set(told) == set(KINDS)
+    for name, kind in KINDS.items():
+        assert told[name].removesuffix("; `causal: false`") == bidirectional_form(kind(WIDTH)), name
+        takes = "causal" in inspect.signature(kind).parameters
+        assert told[name].endswith("`causal: false`") == takes, name

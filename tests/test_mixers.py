@@ -133,6 +133,9 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
         Parallel, mixers={"a": partial(Attention, heads=2, causal=False), "g": partial(GLA, heads=2)}
     ),
     "mamba2_both_sides": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8)),
+    "simple_gla_joined": partial(Bidirectional, mixer=partial(SimpleGLA, heads=2, conv_width=0), join="readings"),
+    "gla_joined": partial(Bidirectional, mixer=partial(GLA, heads=2), join="readings"),
+    "kda_joined": partial(Bidirectional, mixer=partial(KDA, heads=2, conv_width=0), join="readings"),
     "mamba2_both_sides_tied": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8), tied=True),
 }
 CAUSAL = [name for name, make in MIXERS.items() if make(WIDTH).causal]
