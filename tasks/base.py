@@ -203,13 +203,13 @@ class SequenceTask(LightningModule):
 
     # --- evaluation ----------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
-        """Bits per token and accuracy of a batch."""
-        self._evaluate(batch, "val")
+    def validation_step(self, batch: SequenceBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Bits per token and accuracy of a batch; see ``_evaluate``."""
+        return self._evaluate(batch, "val")
 
-    def test_step(self, batch: SequenceBatch, batch_idx: int) -> None:
-        """Bits per token and accuracy of a batch."""
-        self._evaluate(batch, "test")
+    def test_step(self, batch: SequenceBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Bits per token and accuracy of a batch; see ``_evaluate``."""
+        return self._evaluate(batch, "test")
 
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> dict[str, Any]:
         """What the model thinks of each position; rows that only fill up a batch are left out.
@@ -231,16 +231,20 @@ class SequenceTask(LightningModule):
             "source": [text for text, keep in zip(source, kept.tolist(), strict=True) if keep],
         }
 
-    def _evaluate(self, batch: SequenceBatch, part: str) -> None:
+    def _evaluate(self, batch: SequenceBatch, part: str) -> dict[str, Tensor]:
+        """Log a batch, and hand callbacks what it was made of, ``(b t)`` each: ``nll`` in nats, ``right`` (whether the
+        most likely token is the target), ``counted``, ``targets``."""
         batch = self.prepare(batch)
         assert batch.targets is not None
         hidden = self.backbone(batch).hidden
         counted = _weight(batch) > 0
         bits, accuracy = self.get_submodule(f"{part}_bits"), self.get_submodule(f"{part}_accuracy")
-        bits.update(self.head.loss(hidden, batch.targets), counted)  # type: ignore[operator]
-        accuracy.update(self.head.most_likely(hidden), batch.targets, counted)  # type: ignore[operator]
+        nll, predicted = self.head.loss(hidden, batch.targets), self.head.most_likely(hidden)
+        bits.update(nll, counted)  # type: ignore[operator]
+        accuracy.update(predicted, batch.targets, counted)  # type: ignore[operator]
         for name, metric in (("bits", bits), ("accuracy", accuracy)):
             self.log(f"{part}/{name}", metric, on_step=False, on_epoch=True, batch_size=batch.shape[0])  # type: ignore[arg-type]
+        return {"nll": nll, "right": predicted == batch.targets, "counted": counted, "targets": batch.targets}
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
