@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from inference_cases import causal_model, masked_model
 
-from seqlong.backbone import BackboneConfig
 from seqlong.batch import SequenceBatch
 from seqlong.datamodules.dna.alphabet import reverse_complement
 from seqlong.datamodules.dna.genome import Genome
 from seqlong.inference.model import Model
 from seqlong.inference.strands import Strand, targets_of, tokens_of
 from seqlong.inference.variants import Variant, Window, haplotype, score
-from seqlong.mixers import Attention, Bidirectional, GatedDeltaNet, Mamba2
-from seqlong.tasks import CausalLM, MaskedLM
-
-
-def causal_model(window: int | None = 24, dtype: torch.dtype = torch.float64) -> Model:
-    mixers = {
-        "m": partial(Mamba2, d_state=8, head_dim=8),
-        "a": partial(Attention, heads=2, window=window),
-        "d": partial(GatedDeltaNet, heads=2, head_dim=8),
-    }
-    torch.manual_seed(1)
-    task = CausalLM(BackboneConfig(d_model=16, pattern="mad", mixers=mixers)).eval().requires_grad_(False).to(dtype)
-    for name, value in task.named_parameters():
-        if "embedding" in name:
-            value.mul_(30)  # opinions, where 0.02 would leave next to none
-    return Model(task, Path("toy.ckpt"), torch.device("cpu"), "float64" if dtype == torch.float64 else "float32")
-
-
-def masked_model() -> Model:
-    mixers = {"m": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8))}
-    torch.manual_seed(2)
-    task = MaskedLM(BackboneConfig(d_model=16, pattern="m", mixers=mixers)).eval().requires_grad_(False).double()
-    task.backbone.embedding.weight.mul_(30)
-    return Model(task, Path("toy.ckpt"), torch.device("cpu"), "float64")
 
 
 @pytest.fixture

@@ -81,13 +81,18 @@ def require_bases(model: Model, why: str) -> None:
 
 
 def integer(text: str) -> int:
-    """A positive whole number; commas and underscores are for the eye, and k and M mean thousands and millions."""
+    """A positive whole number; underscores are for the eye, k and M are thousands and millions."""
     plain = text.replace(",", "").replace("_", "").strip()
     factor = {"k": 1000, "K": 1000, "M": 1_000_000}.get(plain[-1:], 1)
     plain = plain[:-1] if factor > 1 else plain
     if not plain.isdigit() or int(plain) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(plain) * factor
+
+
+def integers(text: str) -> list[int]:
+    """Several, with commas between them."""
+    return [integer(part) for part in text.split(",") if part.strip()]
 
 
 def _shown(path: Path) -> Path:
@@ -131,4 +136,4 @@ def progress(what: str, total: int | None, unit: str = "", done: int = 0) -> Ite
         yield say
 
 
-__all__ = ["Parser", "integer", "open_model", "progress", "require_bases"]
+__all__ = ["Parser", "integer", "integers", "open_model", "progress", "require_bases"]

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from seqlong.datamodules.dna.genome import Genome
-from seqlong.errors import DataError
-from seqlong.inference.arguments import Parser, integer, open_model, progress, require_bases
+from seqlong.errors import ConfigError, DataError
+from seqlong.inference.arguments import Parser, integer, integers, open_model, progress, require_bases
 from seqlong.inference.contigs import Contigs
-from seqlong.inference.journal import Journal
+from seqlong.inference.journal import Journal, identity
 from seqlong.inference.model import Model
 from seqlong.inference.strands import Strand
 from seqlong.inference.truth import Truth
@@ -72,9 +72,11 @@ def command(words: Sequence[str]) -> int:
     parser.add_argument("variants", metavar="VCF", help="VCF or BCF, plain or bgzip")
     parser.add_argument("--ref", required=True, nargs="+", metavar="FASTA", help="the reference: FASTA or GenBank")
     parser.add_model()
-    parser.add_argument("--window", default="8192", help="bases of a window; several with commas: 8192,65536")
+    parser.add_argument(
+        "--window", type=integers, default=[8192], help="bases of a window; several with commas: 8192,65536"
+    )
     parser.add_argument("--after", type=integer, default=0, help="of them from the variant on; half if left out")
-    parser.add_argument("--output", metavar="FILE", help=".vcf.gz, .vcf or .bcf; VCF's name.scored.vcf.gz if left out")
+    parser.add_argument("--output", metavar="FILE", help=".vcf.gz or .vcf; VCF's name.scored.vcf.gz if left out")
     parser.add_argument("--tsv", metavar="FILE", help="a table too: a row for each allele, each strand by itself")
     parser.add_argument("--ref-mismatch", choices=("raise", "skip"), default="raise", help="what to do with such REFs")
     parser.add_argument(
@@ -87,7 +89,7 @@ def command(words: Sequence[str]) -> int:
     parser.add_argument("--truth", metavar="FIELD=VALUE", help="INFO that says which are damaging: prints the AUROC")
     parser.add_argument("--batch-tokens", type=integer, help="positions to run at once; 65,536, on a GPU 524,288")
     given = parser.parse_args(list(words))
-    windows = tuple(Window(integer(text), given.after) for text in given.window.split(",") if text.strip())
+    windows = tuple(Window(length, given.after) for length in given.window)
     truth = Truth.parse(given.truth) if given.truth else None
     model = open_model(given)
     model.require("causal", "masked", why="score")
@@ -98,6 +100,8 @@ def command(words: Sequence[str]) -> int:
     )
     genome = Genome.open(given.ref, circular=list(given.circular))
     name = Path(given.variants).name.removesuffix(".gz").removesuffix(".vcf").removesuffix(".bcf")
+    if given.output and not given.output.endswith((".vcf", ".vcf.gz")):
+        raise ConfigError(f"--output is '{given.output}'; expected a name that ends in .vcf.gz or .vcf")
     output = Path(given.output or f"{name}.scored.vcf.gz") if given.output or not given.tsv else None
     score_file(model, genome, Path(given.variants), settings, output, given.tsv, given.ref_mismatch, truth)
     return 0
@@ -207,10 +211,9 @@ def _batched(source: Iterator[Any], size: int) -> Iterator[list[Any]]:
 
 def _asked(model: Model, genome: Genome, source: Path, settings: Settings, ref_mismatch: str) -> dict[str, Any]:
     """What makes the scores what they are."""
-    files = {"vcf": source, "checkpoint": model.path}
-    stats = {name: (str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for name, path in files.items()}
     return {
-        **{name: list(facts) for name, facts in stats.items()},
+        "vcf": identity(source),
+        "checkpoint": identity(model.path),
         "reference": [store.digest[:16] for store in genome.stores],
         "circular": [contig.name for contig in genome.contigs if contig.circular],
         "windows": [[window.length, window.after] for window in settings.windows],

@@ -69,8 +69,8 @@ class Truth:
             title_justify="left",
             caption_justify="left",
         )
-        for column in ("score", "damaging when", "AUROC", "variants"):
-            table.add_column(column, justify="left" if column in ("score", "damaging when") else "right")
+        for heading in ("score", "damaging when", "AUROC", "variants"):
+            table.add_column(heading, justify="left" if heading in ("score", "damaging when") else "right")
         if not count or count == len(positive):
             table.caption = "no AUROC: all are of one class"
             return table
@@ -89,8 +89,8 @@ class Truth:
 
 def auroc(positive: ArrayLike, score: ArrayLike) -> float:
     """The chance that a positive has a higher score than a negative; ties count half."""
-    positive, score = np.asarray(positive, dtype=bool), np.asarray(score, dtype=np.float64)
-    _, place, count = np.unique(score, return_inverse=True, return_counts=True)
+    positive, values = np.asarray(positive, dtype=bool), np.asarray(score, dtype=np.float64)
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
     ranks = (count.cumsum() - (count - 1) / 2)[place]
     n = int(positive.sum())
     return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -121,7 +122,7 @@ def opened(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"there is no file {path}; expected a VCF or BCF")
-    head = path.open("rb").read(2)
+    head = _head(path)
     if head != b"\x1f\x8b" and path.stat().st_size and not head.startswith(b"BC"):
         with path.open("rb") as file:
             file.seek(-1, os.SEEK_END)
@@ -250,9 +251,11 @@ def annotate(
 ) -> bool:
     """Write ``source`` again with scores in INFO, whole or not at all; indexed where it is sorted bgzip.
 
+    All else is kept as it is written, letter by letter.
+
     Args:
         source: VCF or BCF.
-        target: ``.vcf``, ``.vcf.gz`` or ``.bcf``.
+        target: ``.vcf`` or ``.vcf.gz``.
         described: INFO field -> what it is, for the header; of type Float, one for each ALT.
         notes: further header lines.
         values: for each record the status of each allele, and for each field the value of each allele.
@@ -261,34 +264,67 @@ def annotate(
         Whether it was indexed.
     """
     pysam = library()
-    mode = {"gz": "wz", "bcf": "wb"}.get(target.name.rsplit(".", 1)[-1], "w")
+    header = [f'##INFO=<ID={name},Number=A,Type=Float,Description="{words}">' for name, words in described.items()]
+    header.append('##INFO=<ID=SL_STATUS,Number=A,Type=String,Description="Why seqlong gave an allele no score">')
+    header += [f"##seqlong={note}" for note in notes]
+    own = [f"##INFO=<ID={name}," for name in (*described, "SL_STATUS")]  # of an earlier time
+    compressed = target.suffix == ".gz"
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with opened(source) as file:
-            for name, words in described.items():
-                if name not in file.header.info:
-                    file.header.add_line(f'##INFO=<ID={name},Number=A,Type=Float,Description="{words}">')
-            if "SL_STATUS" not in file.header.info:
-                file.header.add_line(
-                    '##INFO=<ID=SL_STATUS,Number=A,Type=String,Description="Why seqlong gave an allele no score">'
-                )
-            for note in notes:
-                file.header.add_line(f"##seqlong={note}")
-            with pysam.VariantFile(str(temporary), mode, header=file.header) as out:
-                for record, (statuses, columns) in zip(read(file, source), values, strict=True):
-                    if record.alts:
-                        for name, column in zip(described, columns, strict=True):
-                            record.info[name] = tuple(column)
-                        if any(status != "ok" for status in statuses):
-                            record.info["SL_STATUS"] = tuple(statuses)
-                    out.write(record)
+        with pysam.BGZFile(str(temporary), "w") if compressed else temporary.open("wb") as out:
+            for line in _text(source):  # bytes that are no UTF-8 come back as they were
+                if line.startswith("##"):
+                    if not line.startswith(tuple(own)):
+                        out.write(f"{line}\n".encode(errors="surrogateescape"))
+                elif line.startswith("#"):
+                    out.write("".join(f"{said}\n" for said in [*header, line]).encode(errors="surrogateescape"))
+                else:
+                    statuses, columns = next(values)
+                    line = _annotated(line, described, statuses, columns)
+                    out.write(f"{line}\n".encode(errors="surrogateescape"))
+            assert next(values, None) is None, "as many records as were scored"
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    if mode != "wz":
+    if not compressed:
         return False
     try:
         pysam.tabix_index(str(target), preset="vcf", force=True)
     except OSError:  # out of order: a file that cannot be indexed
         return False
     return True
+
+
+def _text(source: str | Path) -> Iterator[str]:
+    """Lines of a VCF as they are; of a BCF, as VCF has them."""
+    with opened(source) as file:
+        if file.is_bcf:
+            yield from str(file.header).splitlines()
+            for record in read(file, source):
+                yield str(record).rstrip("\n")
+            return
+    unpack = gzip.open if _head(Path(source)) == b"\x1f\x8b" else open
+    with unpack(source, "rt", encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
+        for line in lines:
+            if text := line.rstrip("\r\n"):
+                yield text
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(2)
+
+
+def _annotated(
+    line: str, described: Mapping[str, str], statuses: Sequence[str], columns: Sequence[Sequence[float | None]]
+) -> str:
+    parts = line.split("\t")
+    names = {*described, "SL_STATUS"}
+    info = [item for item in parts[7].split(";") if item not in ("", ".") and item.partition("=")[0] not in names]
+    if statuses != ["no_alt"]:
+        for name, column in zip(described, columns, strict=True):
+            info.append(f"{name}={','.join('.' if value is None else f'{value:.6g}' for value in column)}")
+        if any(status != "ok" for status in statuses):
+            info.append(f"SL_STATUS={','.join(statuses)}")
+    parts[7] = ";".join(info) or "."
+    return "\t".join(parts)
