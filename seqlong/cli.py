@@ -28,6 +28,8 @@ VERBS = {
         "annotate a VCF with how likely each variant is",
         "seqlong score variants.vcf.gz --ref ref.fa --ckpt last --window 8192,65536",
     ),
+    "tokenizer": ("train a tokenizer on your own text", "seqlong tokenizer train books/ --size 8192"),
+    "shards": ("make, check and index tar shards", "seqlong shards check shards/"),
     "bench": ("list or run the benchmarks", "seqlong bench"),
     "doctor": ("check this machine: what each op runs as, how right and how fast", "seqlong doctor"),
 }
@@ -37,6 +39,8 @@ _COMMANDS = {
     "words": "seqlong.words",
     "report": "seqlong.report.command",
     "video": "seqlong.video",
+    "tokenizer": "seqlong.tokenizer",
+    "shards": "seqlong.shards",
     "bench": "seqlong.bench",
     "doctor": "seqlong.doctor",
     "score": "seqlong.inference.score",
