@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from seqlong.batch import SequenceBatch
 from seqlong.datamodules.base import SequenceData
-from seqlong.datamodules.sampler import BatchRequest, Stage, permute
+from seqlong.datamodules.sampler import BatchRequest, Stage, below, permute
 from seqlong.datamodules.synthetic.draw import Draw
 from seqlong.datamodules.synthetic.generator import RecallTask
 from seqlong.datamodules.synthetic.grid import Cell, GridSampler, Part, check_cells, choose
@@ -65,7 +65,8 @@ class SyntheticData(SequenceData):
         batch_size: rows in a batch over all ranks, without ``stages``.
         stages: a length warm-up, in place of ``length`` and ``batch_size``.
         mixture: training batches of several lengths and numbers of items, each batch of one of them, in proportion to
-            their ``rows``; ``length`` is then that of evaluation only. Not together with ``stages``.
+            their ``rows``, of which there are so many different ones; ``length`` is then that of evaluation only. Not
+            together with ``stages`` or ``train_rows``.
         targets: what a position predicts: the answer that would stand after it.
         rest: weight, in training, of the tokens that are no answers; above 0 the row is learnt as a text too.
         train_rows: different rows to train on, again and again in another order; null never shows a row twice.
@@ -110,8 +111,9 @@ class SyntheticData(SequenceData):
             raise ConfigError(f"rest must be 0 or more, found {rest}")
         if train_rows is not None and train_rows < 1:
             raise ConfigError(f"train_rows must be 1 or more, or null, found {train_rows}")
-        if mixture is not None and stages is not None:
-            raise ConfigError("data.mixture and data.stages exclude one another: set one of them null")
+        if mixture is not None and (stages is not None or train_rows is not None):
+            other = "stages" if stages is not None else "train_rows"
+            raise ConfigError(f"data.mixture and data.{other} exclude one another: set one of them null")
         self.generator: RecallTask = MQAR() if generator is None else generator
         self.mixture, self.targets, self.rest, self.train_rows = mixture, targets, rest, train_rows
         if evaluation is None:
@@ -185,15 +187,18 @@ class _Training(Dataset[SequenceBatch]):
         self.generator, self.seed, self.mixture, self.rest, self.rows = generator, seed, mixture, rest, rows
 
     def __getitem__(self, request: BatchRequest) -> SequenceBatch:
-        cell = Cell(request.length) if self.mixture is None else choose(self.mixture, request.batch, self.seed)
         numbers = request.samples
+        if self.mixture is not None:
+            cell = choose(self.mixture, request.batch, self.seed)
+            numbers = below(cell.rows, self.seed, TRAIN, numbers)
+            name = (self.seed, TRAIN, cell.length, cell.items or 0)
+            return make(cell.task(self.generator), numbers, cell.length, *name, rest=self.rest)
         if self.rows is not None:
             passes, places = np.divmod(numbers, self.rows)
             numbers = np.concatenate(
                 [permute(place, self.rows, self.seed, int(turn)) for turn, place in zip(passes, places, strict=True)]
             )
-        name = (self.seed, TRAIN, *((cell.length, cell.items or 0) if self.mixture is not None else ()))
-        return make(cell.task(self.generator), numbers, cell.length, *name, rest=self.rest)
+        return make(self.generator, numbers, request.length, self.seed, TRAIN, rest=self.rest)
 
 
 class _Evaluation(Dataset[SequenceBatch]):

@@ -162,6 +162,7 @@ def said(line: dict[str, Any], summary: dict[str, Any]) -> str:
     """A line of the summary for people."""
     counted = (summary["generator"] or {}).get("counted", "items")
     chance, state = summary["chance"], line["state_bytes"]
+    counted = counted.removesuffix("s") if line["items"] == 1 else counted
     text = f"length {line['length']:,}, {line['items']:,} {counted}: {100 * line['accuracy']:.1f} % right"
     text += f" ({100 * line['low']:.1f} to {100 * line['high']:.1f}, {line['answers']:,} answers)"
     text += f", chance {100 * chance:.2g} %" if isinstance(chance, float) else ""

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from seqlong.callbacks.recall_tally import DEPTHS, Tally, wilson
 
+_PARTS = {"val": "validation", "test": "test"}
 _INK, _MUTED, _BLUE = "#14191f", "#5d6772", "#1767b3"
 
 
@@ -46,7 +47,7 @@ def picture(tallies: Sequence[Tally], summary: dict[str, Any], path: Path) -> No
         _heat(axis, title, rows, lengths, tallies, key)
     _by_length(axes[-1], summary)
     size = summary.get("parameters")
-    about = f"{summary.get('task') or 'recall'}, {summary.get('part')}"
+    about = f"{summary.get('task') or 'recall'}, {_PARTS.get(str(summary.get('part')), '')} rows"
     about += f", {size:,} parameters" if isinstance(size, int) else ""
     figure.suptitle(about, fontsize=11, fontweight="bold", x=0.01, ha="left", color=_INK)
     draft = path.with_name(f".{path.stem}.{os.getpid()}.png")
@@ -107,14 +108,13 @@ def _by_length(axis: Axes, summary: dict[str, Any]) -> None:
     chance = summary.get("chance")
     if isinstance(chance, float):
         axis.axhline(100 * chance, color=_MUTED, linewidth=0.9, linestyle="--")
-        axis.annotate(f"chance {100 * chance:.2g} %", (0.99, 100 * chance), xycoords=("axes fraction", "data"),
-                      ha="right", va="bottom", fontsize=7.5, color=_MUTED)  # fmt: skip
     labels = [_short(n) + (f"\n{_bytes(states[n])}" if states[n] is not None else "") for n in lengths]
     axis.set_xticks(range(len(lengths)), labels, fontsize=8)
     axis.set_xlim(-0.6, len(lengths) - 0.4)
     axis.set_ylim(-3, 106)
     axis.set_xlabel("length, and state of a row", fontsize=8.5, color=_MUTED)
-    axis.set_title("% right, 95 % interval", fontsize=9, loc="left", color=_INK)
+    guess = f"; dashed: chance, {100 * chance:.2g} %" if isinstance(chance, float) else ""
+    axis.set_title(f"% right, 95 % interval{guess}", fontsize=9, loc="left", color=_INK)
     axis.grid(axis="y", color="#e4e7ea", linewidth=0.7)
     axis.tick_params(length=0, colors=_MUTED, labelsize=8)
     for side in ("top", "right", "left"):

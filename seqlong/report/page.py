@@ -10,6 +10,8 @@ import yaml
 
 from seqlong.report import sections, text, words
 from seqlong.report.experts import experts_section
+from seqlong.report.losses import losses_section
+from seqlong.report.recall import recall_section
 from seqlong.report.record import RunRecord, read_run, unix_seconds
 from seqlong.report.style import STYLE
 from seqlong.report.text import Html, div, tag
@@ -44,6 +46,8 @@ def render(record: RunRecord) -> str:
         "main",
         _head(record),
         sections.loss_section(record),
+        recall_section(record),
+        losses_section(record),
         sections.training_section(record),
         sections.model_section(record),
         experts_section(record),
