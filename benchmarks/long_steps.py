@@ -183,7 +183,7 @@ BUILDERS = {"seqlong": ours, "fla": fla, "transformers": transformers}
 
 
 def step_speed(model: str, contender: str, length: int, steps: int, checkpointing: str) -> dict[str, Any]:
-    """Best of ``steps`` training steps after two to warm up, or the second where one is asked for."""
+    """Best of ``steps`` training steps after two to warm up; of one, after one; of none, the first itself."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     with device:
@@ -193,15 +193,15 @@ def step_speed(model: str, contender: str, length: int, steps: int, checkpointin
     tokens = torch.randint(0, MODELS[model], (1, length + 1), device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     seconds, losses = [], []
-    warm = 2 if steps > 1 else 1
-    for _ in range(warm + steps):
+    warm = min(2, steps)
+    for _ in range(max(1, warm + steps)):
         begin = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16):
             loss = loss_of(inputs, targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss))  # waits for the GPU
+        losses.append(float(loss.detach()))  # waits for the GPU
         seconds.append(time.perf_counter() - begin)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     return {"tokens_per_s": length / min(seconds[warm:]), "first_s": seconds[0], "peak_gib": peak, "loss": losses[0],
@@ -309,7 +309,7 @@ def command() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--lengths", default=str(LENGTH) if cuda else "256")
     parser.add_argument("--peers", default="fla,transformers", help="by commas; '' for none")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps; the best counts")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps; the best counts; 0: the first")
     parser.add_argument("--checkpointing", default="block", help="none, selective, block or tiled; for our models")
     parser.add_argument("--longest", nargs="?", const="tiled", help="also double the length, with this checkpointing")
     parser.add_argument("--most", type=int, default=1 << 21 if cuda else 1024, help="positions to stop doubling at")
