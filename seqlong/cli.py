@@ -20,6 +20,7 @@ VERBS = {
         "train once for every combination",
         "seqlong sweep experiment=dna/demo model.backbone.d_model=64,128 seed=1,2",
     ),
+    "recall": ("ask a model what it remembers, or tell the best of a sweep", "seqlong recall runs/demo-... passkey"),
     "show": ("show a model: its blocks, parameters, state and FLOPs", "seqlong show model=hybridna_300m"),
     "words": ("say what other libraries call things", "seqlong words window"),
     "report": ("write the HTML report of a run again", "seqlong report runs/demo-20260801-120000"),
@@ -28,6 +29,8 @@ VERBS = {
         "annotate a VCF with how likely each variant is",
         "seqlong score variants.vcf.gz --ref ref.fa --ckpt last --window 8192,65536",
     ),
+    "embed": ("hidden states of whole chromosomes as an array", "seqlong embed ref.fa --ckpt last --output ref.npy"),
+    "track": ("how likely every base is, as a bigWig", "seqlong track ref.fa --ckpt last --output ref.bw"),
     "tokenizer": ("train a tokenizer on your own text", "seqlong tokenizer train books/ --size 8192"),
     "shards": ("make, check and index tar shards", "seqlong shards check shards/"),
     "bench": ("list or run the benchmarks", "seqlong bench"),
@@ -35,6 +38,7 @@ VERBS = {
 }
 # Verb -> the module whose `command(words) -> exit status` serves it; the others go through Hydra and LightningCLI.
 _COMMANDS = {
+    "recall": "seqlong.recall",
     "show": "seqlong.show",
     "words": "seqlong.words",
     "report": "seqlong.report.command",
@@ -44,6 +48,8 @@ _COMMANDS = {
     "bench": "seqlong.bench",
     "doctor": "seqlong.doctor",
     "score": "seqlong.inference.score",
+    "embed": "seqlong.inference.embed",
+    "track": "seqlong.inference.track",
 }
 _LIGHTNING = ("fit", "validate", "test", "predict")
 # Flags that stand alone; every other flag may take its value from the next word.

@@ -47,6 +47,7 @@ TOP = {
     "launch",
     "machine",
     "plan",
+    "recall",
     "report",
     "shards",
     "show",
