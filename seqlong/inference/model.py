@@ -123,10 +123,8 @@ class Model:
         with torch.no_grad(), self.products():
             return -self.task.head.loss(hidden, targets.to(self.device)), state
 
-    def stream(
-        self, parts: Iterable[Int[Tensor, "b t"]], state: BackboneState | None = None
-    ) -> Iterator[Float[Tensor, "b t d"]]:
-        """Hidden states of the parts of one long sequence, each as it comes: the whole row's, whatever its length.
+    def stream(self, parts: Iterable[Tensor], state: BackboneState | None = None) -> Iterator[Tensor]:
+        """Hidden states ``(b t d)`` of the parts ``(b t)`` of one long sequence: the whole row's, whatever its length.
 
         Only one part, and the state, are in memory at a time. A row split anywhere is the row, for causal models.
 
