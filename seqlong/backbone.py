@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqlong.batch import SequenceBatch
-from seqlong.block import MEMORY, Block, Checkpointing, run_block
+from seqlong.block import MEMORY, Block, Checkpointing, Residual, run_block
 from seqlong.embeddings import PatchFactory, embed
 from seqlong.errors import ConfigError, nearest
 from seqlong.ffn import FeedForwardFactory, SwiGLU
@@ -39,6 +39,8 @@ class BackboneConfig:
         patches: what embeds patches (of a video), given as class_path and init_args; null: the model reads tokens only.
         norm: kind of norm before each half and at the end.
         norm_eps: added under the root in norms.
+        residual: what each half of a block adds its result to: its ``input``, as nearly all models do, or the ``norm``
+            of it, ``n + mixer(n)`` with ``n = norm(h)``, as MiniMax-01 does.
         checkpointing: what training keeps for the backward pass. ``none``: everything, fastest. ``selective``: matrix
             products and states. ``block``: the input of each block, a third more compute. ``tiled``: the same, and
             inside a block at most ``tile`` positions at once: for the longest rows.
@@ -58,6 +60,7 @@ class BackboneConfig:
     patches: PatchFactory | None = None
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
+    residual: Residual = "input"
     checkpointing: Checkpointing = "none"
     tile: int = 16384
     residual_in_fp32: bool = True
@@ -151,7 +154,7 @@ class Backbone(nn.Module):
                 ffn = None if make is None else make(config.d_model)
             except ValueError as error:
                 raise ConfigError(f"backbone.{_ffn_key(config, letter)}: {error}") from error
-            blocks.append(Block(config.d_model, mixer, ffn, norm))
+            blocks.append(Block(config.d_model, mixer, ffn, norm, config.residual))
         choosing = [key for key, block in zip(self.letters, blocks, strict=True) if not block.feeds_each_alone]
         if all(block.mixer.causal for block in blocks) and choosing:
             key = _ffn_key(config, choosing[0])

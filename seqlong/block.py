@@ -24,23 +24,32 @@ Said = dict[str, Any]
 
 Checkpointing = Literal["none", "selective", "block", "tiled"]
 
+#: What a half of a block adds its result to: its input, or the norm of it.
+Residual = Literal["input", "norm"]
+
 
 class Block(nn.Module):
-    """``h + mixer(norm(h))``, then ``h + ffn(norm(h))``.
+    """``h + mixer(norm(h))``, then ``h + ffn(norm(h))``; with ``residual="norm"``, ``n + mixer(n)``, n being norm(h).
 
     Attributes:
         publishes: whether a later block reads the memory of this one's mixer; the backbone sets it.
+        one_way: whether rows are read as they are given only, not from the other end too; the backbone sets it.
     """
 
     publishes: bool = False
+    one_way: bool = True
 
-    def __init__(self, d_model: int, mixer: Mixer, ffn: nn.Module | None, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self, d_model: int, mixer: Mixer, ffn: nn.Module | None, norm: Callable[[int], nn.Module],
+        residual: Residual = "input",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.mixer_norm = norm(d_model)
         self.mixer = mixer
         self.ffn_norm = None if ffn is None else norm(d_model)
         self.ffn = ffn
         self.routed = isinstance(ffn, MoE)
+        self.keeps_input = residual == "input"
 
     def forward(
         self,
@@ -76,22 +85,24 @@ class Block(nn.Module):
             mixed, state = self.mixer(normed, layout, state)
         if aux is not None and self.training and self.mixer.balance_loss:
             _add(aux, {"router_loss_sum": self.mixer.router_loss_sum(normed, layout)})
-        return hidden + mixed, state
+        return (hidden if self.keeps_input else normed) + mixed, state
 
     def feed(self, hidden: Tensor, layout: SequenceLayout, aux: Said | None = None) -> Tensor:
         """The second half: along the width, each position by itself (unless its experts choose among positions)."""
         if self.ffn is None or self.ffn_norm is None:
             return hidden
+        normed = self.ffn_norm(hidden)
+        kept = hidden if self.keeps_input else normed
         if not self.routed:
-            return hidden + self.ffn(self.ffn_norm(hidden))
-        fed, said = self.ffn(self.ffn_norm(hidden), layout)
+            return kept + self.ffn(normed)
+        fed, said = self.ffn(normed, layout)
         _add(aux, said)
-        return hidden + fed
+        return kept + fed
 
     @property
     def causal(self) -> bool:
         """Whether no position depends on a later one."""
-        return self.mixer.causal and self.feeds_each_alone
+        return self.one_way and self.mixer.causal and self.feeds_each_alone
 
     @property
     def feeds_each_alone(self) -> bool:

@@ -72,6 +72,7 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "attention_both_sides_window": partial(Attention, heads=4, kv_heads=2, causal=False, window=4, positions="none"),
     "attention_sinks": partial(Attention, heads=4, kv_heads=2, window=4, sinks=3),
     "attention_sinks_one": partial(Attention, heads=2, window=1, sinks=1, positions="none"),
+    "attention_normed_together": partial(Attention, heads=4, kv_heads=2, qk_norm="row"),
     "attention_gated": partial(Attention, heads=2, gate=True, qk_norm=True, partial_rotary=0.5, rope_scale=4.0),
     "attention_axes": partial(Attention, heads=2, rope_axes=[2, 4]),
     "differential": partial(DifferentialAttention, heads=4, kv_heads=2),

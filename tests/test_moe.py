@@ -16,6 +16,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 from moe_cases import PADDED, batch, config, layout
+from oracle import library
 
 from seqlong.backbone import Backbone
 from seqlong.batch import SequenceBatch
@@ -199,10 +200,8 @@ def test_experts_take_their_share_of_each_segment() -> None:
 
 @pytest.mark.parametrize("engine", ["chunked", "grouped_mm"])
 def test_the_result_is_that_of_mixtral(engine: str) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-
-    theirs = MixtralSparseMoeBlock(
+    transformers, mixtral = library(), library("models.mixtral.modeling_mixtral")
+    theirs = mixtral.MixtralSparseMoeBlock(
         transformers.MixtralConfig(hidden_size=16, intermediate_size=24, num_local_experts=6, num_experts_per_tok=2)
     )
     for parameter in theirs.parameters():
@@ -305,6 +304,7 @@ def test_a_causal_model_refuses_experts_that_look_ahead_and_a_bidirectional_one_
         ({"active": 9}, "active from 1 to experts"),
         ({"identity_share": 0.5}, "for identity experts; found 0.5 with identity 0"),
         ({"z_loss": -1.0}, "must be 0 or more"),
+        ({"shared_gate": True, "shared": 0}, "there are none"),
         ({"choice": "expert", "balance_loss": 0.1}, "an even load by itself"),
     ],
 )

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from oracle import library
 
 from seqlong.backbone import Backbone, BackboneConfig
 from seqlong.batch import SequenceBatch
 from seqlong.ffn import SwiGLU
 from seqlong.mixers import Attention, Mamba2
 
-for kernel_package in ("fla", "mamba_ssm", "causal_conv1d"):  # transformers would bind their GPU kernels when imported
-    sys.modules.setdefault(kernel_package, None)  # type: ignore[arg-type]
-transformers = pytest.importorskip("transformers", reason="install the extra 'oracles' to compare with transformers")
+transformers = library()
 
 
 def perturb(model: nn.Module) -> None:

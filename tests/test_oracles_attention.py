@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from oracle import library
+
 from seqlong.layout import SequenceLayout
 from seqlong.mixers import Attention, DifferentialAttention
 
-for kernel_package in ("fla", "mamba_ssm", "causal_conv1d"):  # transformers would bind their GPU kernels when imported
-    sys.modules.setdefault(kernel_package, None)  # type: ignore[arg-type]
-transformers = pytest.importorskip("transformers", reason="install the extra 'oracles' to compare with transformers")
+transformers = library()
 LENGTHS = [3, 77, 300]
 
 

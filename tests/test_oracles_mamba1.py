@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from oracle import library
+
 from seqlong.layout import SequenceLayout
 from seqlong.mixers import S4D, Mamba1
 
-falcon = pytest.importorskip("transformers.models.falcon_mamba.modeling_falcon_mamba")
-jamba = pytest.importorskip("transformers.models.jamba.modeling_jamba")
-mamba = pytest.importorskip("transformers.models.mamba.modeling_mamba")
+falcon = library("models.falcon_mamba.modeling_falcon_mamba")
+jamba = library("models.jamba.modeling_jamba")
+mamba = library("models.mamba.modeling_mamba")
 
 LENGTHS = [3, 77, 300]
 

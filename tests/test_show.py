@@ -107,7 +107,7 @@ def test_blocks_seen_are_counted(length: int) -> None:
         assert costs["choice"] == pytest.approx(6 * WIDTH * sum((token + 1) // 4 for token in range(length)) / length)
 
 
-@pytest.mark.parametrize("name", ["SwiGLU", "GELU"])
+@pytest.mark.parametrize("name", ["SwiGLU", "GeGLU", "GELU"])
 def test_dense_feed_forwards_are_what_torch_counts(name: str) -> None:
     ffn = getattr(seqlong.ffn, name)(WIDTH)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -33,6 +33,29 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+class GeGLU(nn.Module):
+    """``W_down (gelu(W_gate x) ⊙ W_up x)``, gelu in its tanh form, as in Gemma and Griffin. Source: arXiv 2002.05202.
+
+    Args:
+        d_model: width of the residual stream.
+        d_hidden: inner width; ``expand · d_model`` rounded to a multiple of 64 if not given.
+        expand: inner width over d_model.
+        bias: whether all three projections have biases.
+    """
+
+    residual_projections = ("down_proj",)
+
+    def __init__(self, d_model: int, d_hidden: int | None = None, expand: float = 8 / 3, bias: bool = False) -> None:
+        super().__init__()
+        d_hidden = _rounded(expand * d_model, 64) if d_hidden is None else d_hidden
+        self.gate_up_proj = nn.Linear(d_model, 2 * d_hidden, bias=bias)
+        self.down_proj = nn.Linear(d_hidden, d_model, bias=bias)
+
+    def forward(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)
+
+
 class GELU(nn.Module):
     """``W_down gelu(W_up x)``. Source: arXiv 1606.08415.
 

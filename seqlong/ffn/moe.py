@@ -18,7 +18,7 @@ Aux = dict[str, Tensor]
 
 
 class MoE(nn.Module):
-    """``Σ_{e chosen} w_e · expert_e(x) + shared(x)``, each expert a SwiGLU.
+    """``Σ_{e chosen} w_e · expert_e(x) + shared(x)``, each expert a SwiGLU; ``σ(w x) shared(x)`` with ``shared_gate``.
 
     No position is dropped and padding goes nowhere. The load is kept even by a bias on the choice that moves once an
     optimiser step and never weighs (``bias_rate``), or by a loss (``balance_loss``). Sources: arXiv 2101.03961,
@@ -32,6 +32,7 @@ class MoE(nn.Module):
         d_hidden: inner width of one expert. If not given, those that a position uses are together ``expand`` wide.
         expand: inner width of all experts of a position together over d_model.
         shared: experts that every position goes to, beside those chosen.
+        shared_gate: whether a number for each position weighs what these give (Qwen2-MoE, Qwen3-Next).
         identity: further experts that return their input, at no cost: a position needs fewer of the others.
         identity_share: of all choices that these should have; null: as many as other experts.
         choice: who chooses. ``token``: positions choose experts. ``expert``: experts choose positions, as many each,
@@ -53,6 +54,7 @@ class MoE(nn.Module):
         d_hidden: int | None = None,
         expand: float = 8 / 3,
         shared: int = 1,
+        shared_gate: bool = False,
         identity: int = 0,
         identity_share: float | None = None,
         choice: Literal["token", "expert"] = "token",
@@ -66,10 +68,13 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         _check(experts, active, shared, identity, identity_share, choice, bias_rate, balance_loss, z_loss)
+        if shared_gate and not shared:
+            raise ValueError("shared_gate weighs shared experts, and there are none: set shared to 1 or more")
         d_hidden = _rounded(expand * d_model / (active + shared), 16) if d_hidden is None else d_hidden
         self.router = Router(d_model, experts + identity, active, score, normalize and choice == "token", scale)
         self.experts = Experts(experts, d_model, d_hidden, implementation)
         self.shared = SwiGLU(d_model, shared * d_hidden) if shared else None
+        self.shared_gate = nn.Linear(d_model, 1, bias=False) if shared_gate else None
         self.choice, self.identity = choice, identity
         self.bias_rate = bias_rate if choice == "token" else 0.0
         self.balance_loss, self.z_loss = balance_loss, z_loss
@@ -107,7 +112,10 @@ class MoE(nn.Module):
             load = _counted(routing, layout.shape).sum(dim=0) if self.training else None
         output = output.view(*hidden.shape[:2], -1)
         if self.shared is not None:
-            output = output + self.shared(hidden)
+            common = self.shared(hidden)
+            if self.shared_gate is not None:
+                common = common * torch.sigmoid(self.shared_gate(hidden))
+            output = output + common
         return output, {} if load is None else self._aux(routing, load, layout)
 
     def _chosen_by_experts(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Routing, Tensor | None]:

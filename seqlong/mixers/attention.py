@@ -20,7 +20,7 @@ from seqlong.positions import alibi_slopes, check_axes, rotary_axes
 class Attention(Mixer):
     """``o_i = Σ_j softmax_j(q_i·k_j / √k) v_j`` over the tokens j that i may see.
 
-    With ``qk_norm``, q and k of each head pass an RMSNorm before they are rotated (Qwen3). With ``gate``, a head's
+    With ``qk_norm``, q and k pass an RMSNorm before they are rotated. With ``gate``, a head's
     result is multiplied, channel by channel, with ``σ(W x)`` before the last projection (Qwen3-Next's form: its own
     gate for each head and channel). With ``sinks``, the first tokens of a segment stay visible beyond the window, at
     the positions that they have (not moved up to the window, so that a row split anywhere is the row).
@@ -46,7 +46,8 @@ class Attention(Mixer):
         causal: whether a token sees only itself and earlier ones; false for masked language modelling.
         bias: whether the projections have biases.
         sinks: tokens at the beginning of a segment that stay visible beyond ``window``.
-        qk_norm: whether queries and keys are normed, each head by itself.
+        qk_norm: whether queries and keys are normed: true, each head by itself (Qwen3); ``row``, all heads together,
+            with a weight a channel (OLMoE).
         norm_eps: added to the mean square in these norms.
         gate: whether the result is gated.
     """
@@ -68,7 +69,7 @@ class Attention(Mixer):
         causal: bool = True,
         bias: bool = False,
         sinks: int = 0,
-        qk_norm: bool = False,
+        qk_norm: bool | Literal["row"] = False,
         norm_eps: float = 1e-6,
         gate: bool = False,
     ) -> None:
@@ -109,7 +110,10 @@ class Attention(Mixer):
         self.qkv_proj = nn.Linear(d_model, width, bias=bias)
         self.out_proj = nn.Linear(self.heads * self.head_dim, d_model, bias=bias)
         self.gate_proj = nn.Linear(d_model, self.heads * self.head_dim, bias=bias) if gate else None
-        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None for _ in range(2))
+        together = (self.heads, self.kv_heads) if qk_norm == "row" else (1, 1)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(heads * self.head_dim, eps=norm_eps) if qk_norm else None for heads in together
+        )
         self.norm_eps = norm_eps
         slopes = torch.tensor(alibi_slopes(heads)) if positions == "alibi" else None
         self.slopes: Tensor | None
@@ -129,7 +133,10 @@ class Attention(Mixer):
         qkv = self.qkv_proj(hidden).unflatten(2, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = (rms_norm(x, norm.weight, self.norm_eps) for x, norm in ((q, self.q_norm), (k, self.k_norm)))
+            q, k = (
+                rms_norm(x.reshape(*x.shape[:2], -1, len(norm.weight)), norm.weight, self.norm_eps).view_as(x)
+                for x, norm in ((q, self.q_norm), (k, self.k_norm))
+            )
         if self.positions == "rope":
             places = layout.positions if layout.positions.dim() == 2 or len(self.axes) > 1 else layout.positions[..., 0]
             q, k = (rotary_axes(x, places, self.axes, self.rope_base, self.rope_scale) for x in (q, k))
