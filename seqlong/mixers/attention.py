@@ -133,15 +133,18 @@ class Attention(Mixer):
         qkv = self.qkv_proj(hidden).unflatten(2, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = (
-                rms_norm(x.reshape(*x.shape[:2], -1, len(norm.weight)), norm.weight, self.norm_eps).view_as(x)
-                for x, norm in ((q, self.q_norm), (k, self.k_norm))
-            )
+            q, k = self._normed(q, self.q_norm.weight), self._normed(k, self.k_norm.weight)
         if self.positions == "rope":
             places = layout.positions if layout.positions.dim() == 2 or len(self.axes) > 1 else layout.positions[..., 0]
             q, k = (rotary_axes(x, places, self.axes, self.rope_base, self.rope_scale) for x in (q, k))
         mixed, after, seen = self._attend(q, k, v, layout, state)
         return self.out_proj(self._weigh(mixed, hidden).flatten(2)), after, seen
+
+    def _normed(self, x: Float[Tensor, "b t h k"], weight: Float[Tensor, "w"]) -> Float[Tensor, "b t h k"]:
+        """RMSNorm of each head, or of all together."""
+        if len(weight) == self.head_dim:
+            return rms_norm(x, weight, self.norm_eps)
+        return rms_norm(x.flatten(2), weight, self.norm_eps).view_as(x)
 
     def _weigh(self, mixed: Float[Tensor, "b t h v"], hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t h v"]:
         """The heads' results, gated if there is a gate."""
