@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class PatchEmbedding(nn.Module):
-    """``h = W x + b (+ Σ_a table_a[position_a])``: one hidden state a patch, whatever shape it was cut in.
+    """``h = W x / √p + b (+ Σ_a table_a[position_a])``: one hidden state a patch of p numbers, whatever shape it was cut in.
 
     b is what tells a patch from a token in a row of both. Without tables, positions are left to the mixers: rotary
     embedding on several axes (``rope_axes``), or the order of a recurrent mixer. Then resolution and the number of
@@ -33,8 +33,10 @@ class PatchEmbedding(nn.Module):
             raise ValueError(f"PatchEmbedding needs a size and tables of 1 or more, found {size} and {tables}")
         self.size = size
         self.projection = nn.Linear(size, d_model)
-        # Patches have about unit variance; the result is to be as large as a token's embedding.
-        nn.init.normal_(self.projection.weight, std=0.02 / math.sqrt(size) * 4)
+        # The numbers of a patch are much alike, so that a step of Adam moves all that they are multiplied with the same
+        # way; without the root in front, one step at a usual rate would be many times what W says at first.
+        self.scale = 1 / math.sqrt(size)
+        nn.init.normal_(self.projection.weight, std=0.25)
         nn.init.normal_(self.projection.bias, std=0.02)
         self.tables = nn.ModuleList(nn.Embedding(count, d_model) for count in tables or ())
         for table in self.tables:
@@ -53,7 +55,7 @@ class PatchEmbedding(nn.Module):
                 f"patches of {patches.shape[-1]} numbers, but backbone.patches was built for {self.size} "
                 "(frames x height x width x 3); set backbone.patches.init_args.size"
             )
-        hidden = self.projection(patches.to(self.projection.weight.dtype))
+        hidden = self.projection(patches.to(self.projection.weight.dtype) * self.scale)
         if not self.tables:
             return hidden
         if positions is None or positions.dim() != 3 or positions.shape[-1] != len(self.tables):

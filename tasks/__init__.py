@@ -3,5 +3,6 @@
 from seqlong.tasks.base import SequenceTask
 from seqlong.tasks.causal_lm import CausalLM
 from seqlong.tasks.masked_lm import MaskedLM
+from seqlong.tasks.video_classification import VideoClassification
 
-__all__ = ["CausalLM", "MaskedLM", "SequenceTask"]
+__all__ = ["CausalLM", "MaskedLM", "SequenceTask", "VideoClassification"]

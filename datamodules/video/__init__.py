@@ -1,1 +1,7 @@
-"""Video: from files to rows of patches or tokens."""
+"""Video: from files, or from nothing, to rows of patches."""
+
+from seqlong.datamodules.video.synthetic import FlashCount, FlashOrder, MovingDigits, VideoGenerator, VideoNeedle
+from seqlong.datamodules.video.synthetic_data import SyntheticVideo
+from seqlong.datamodules.video.tubelets import Tubelets
+
+__all__ = ["FlashCount", "FlashOrder", "MovingDigits", "SyntheticVideo", "Tubelets", "VideoGenerator", "VideoNeedle"]
