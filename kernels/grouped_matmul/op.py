@@ -198,7 +198,7 @@ def _choose(x: Tensor, weight: Tensor, implementation: str | None) -> tuple[str,
     best = "chunked"
     if x.is_cuda:
         # float32 has no tensor cores but by torch's own setting, which one product a group obeys.
-        wanted = ("grouped_mm",) * is_one_kernel(x.device, x.dtype) + ("triton",) * (x.dtype != torch.float32)
+        wanted = ("triton",) * (x.dtype != torch.float32) + ("grouped_mm",) * is_one_kernel(x.device, x.dtype)
         best = next((one for one in wanted if one in offered), "chunked")
     if best == "chunked":
         offered["chunked"] += f" ({'; '.join(reasons.values())})"
