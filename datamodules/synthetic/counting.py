@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from seqlong.datamodules.synthetic.draw import Draw, Ints
 from seqlong.datamodules.synthetic.generator import RecallTask, Rows, at_least
-from seqlong.datamodules.synthetic.language import WORDS, Encoding, words
+from seqlong.datamodules.synthetic.language import WORDS, Encoding, Strings, words
 from seqlong.datamodules.synthetic.pages import Page, empty, total
 from seqlong.errors import ConfigError
 
@@ -30,7 +29,7 @@ class _WordList(RecallTask):
     def _ask(self) -> str:
         return self._ASK
 
-    def _written(self, listed: Ints, names: NDArray[np.str_], answers: Ints, length: int, items: int) -> Rows:
+    def _written(self, listed: Ints, names: Strings, answers: Ints, length: int, items: int) -> Rows:
         """Rows of words: ``listed`` ``(b n)`` and ``answers`` ``(b a)`` are numbers of columns of ``names``."""
         encode = self._encoding.encode
         made = empty(len(listed), length, items)

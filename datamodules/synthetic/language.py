@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from seqlong.errors import DataError, located
 _BOOK = Path(__file__).with_name("data") / "alice.txt.gz"
 #: Own wording; one sentence after the other makes a text in which nothing but the needle is worth remembering.
 _SENTENCES = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+#: Arrays of words.
+Strings = NDArray[Any]
 #: A file is read up to here; a haystack need not be longer than the longest row.
 MOST = 64 << 20
 #: Words are three of these syllables: 421,875 of them, all six letters long, none of them English on purpose.
@@ -110,7 +113,7 @@ def _read(path: Path) -> str:
         raise DataError(located(path, line, f"{found}; expected a text file in UTF-8, plain or gzip")) from error
 
 
-def words(numbers: Ints) -> NDArray[np.str_]:
+def words(numbers: Ints) -> Strings:
     """Made-up words, one for each number below ``WORDS``, such as ``bakodi``."""
     size = len(_SYLLABLES)
     first, second, third = (_SYLLABLES[numbers // size**power % size] for power in (2, 1, 0))

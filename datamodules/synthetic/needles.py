@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from seqlong.datamodules.synthetic.draw import Draw, Ints
 from seqlong.datamodules.synthetic.generator import RecallTask, Rows, at_least
-from seqlong.datamodules.synthetic.language import WORDS, Encoding, Haystack, words
+from seqlong.datamodules.synthetic.language import WORDS, Encoding, Haystack, Strings, words
 from seqlong.datamodules.synthetic.pages import Page, empty, strewn, total
 from seqlong.errors import ConfigError
 
@@ -104,8 +103,8 @@ class Needle(RecallTask):
                 hay += total(spare[-1][2])
             if hay < 0:
                 raise self.too_short(length, length - hay, f"{len(needles)} {self.counted} and {len(asked)} questions")
-            if self._lines:  # nothing stands between them: the hay, if any is left, comes first
-                page.add(self._text.take(0, hay))
+            if self._lines:  # nothing stands between them; what is left over comes first, as empty lines
+                page.add(np.resize(self._encoding.encode("\n"), hay))
                 hay = 0
             for one, number, pieces in strewn(page, self._text, int(start[row, 0]), hay, places[row], needles):
                 told[one, number] = page.add(pieces[0], pieces[1])
@@ -122,7 +121,7 @@ class Needle(RecallTask):
     def _pieces(self, tell: str, name: str, secret: str) -> list[Ints]:
         return [self._encoding.encode(part) for part in (tell.format(key=name), secret, self._END)]
 
-    def _question(self, ask: str, name: str, secrets: NDArray[np.str_], many: bool) -> list[Ints]:
+    def _question(self, ask: str, name: str, secrets: Strings, many: bool) -> list[Ints]:
         """What asks, then each answer with what stands before the next, and the end of it."""
         parts = [ask.format(key=name)]
         for secret in secrets.tolist():
@@ -142,7 +141,7 @@ class Needle(RecallTask):
             raise self.too_short(length, needed, f"{self.queries} {self.counted} and their questions")
         return count
 
-    def _said(self, draw: Draw, kind: Kind, count: int, distinct: bool) -> NDArray[np.str_]:
+    def _said(self, draw: Draw, kind: Kind, count: int, distinct: bool) -> Strings:
         """``(b count)`` words, numbers or identifiers."""
         if kind == "uuid":
             halves = np.stack([draw.bits(count), draw.bits(count)], axis=-1).reshape(-1, 2).tolist()
