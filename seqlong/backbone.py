@@ -19,6 +19,7 @@ from seqlong.layout import SequenceLayout
 from seqlong.mixers.base import MixerFactory
 from seqlong.norms import NORMS
 from seqlong.state import BackboneState
+from seqlong.strands import ReverseComplement, Strands
 
 
 @dataclass
@@ -41,6 +42,11 @@ class BackboneConfig:
         norm_eps: added under the root in norms.
         residual: what each half of a block adds its result to: its ``input``, as nearly all models do, or the ``norm``
             of it, ``n + mixer(n)`` with ``n = norm(h)``, as MiniMax-01 does.
+        rc: ``equivariant`` reads every row and its reverse complement with the same weights: hidden states are twice as
+            wide, one half a strand, and turn around with the input (see ``seqlong.strands``). For masked models of
+            DNA, at twice the work. ``none`` reads rows as they are given.
+        complement: for ``rc``: the token that pairs with each token, from 0 on; ids beyond are their own. DNA's bases
+            A, C, G, T are 4 to 7.
         checkpointing: what training keeps for the backward pass. ``none``: everything, fastest. ``selective``: matrix
             products and states. ``block``: the input of each block, a third more compute. ``tiled``: the same, and
             inside a block at most ``tile`` positions at once: for the longest rows.
@@ -61,6 +67,8 @@ class BackboneConfig:
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
     residual: Residual = "input"
+    rc: ReverseComplement = "none"
+    complement: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 7, 6, 5, 4])
     checkpointing: Checkpointing = "none"
     tile: int = 16384
     residual_in_fp32: bool = True
@@ -105,7 +113,7 @@ class BackboneOutput:
     """What a backbone returns.
 
     Attributes:
-        hidden: ``(b t d)`` after the last norm.
+        hidden: ``(b t d)`` after the last norm; ``(b t 2d)``, both strands, if the backbone is equivariant.
         state: to be passed with the next window; None if no state was passed with this one.
         aux: further losses and figures that the blocks report, by name. ``router_loss_sum`` is a sum over positions
             that are not padding; ``experts/<block>/<what>`` are, in training, a block's ``load``, ``positions`` and
@@ -119,6 +127,10 @@ class BackboneOutput:
 
 class Backbone(nn.Module):
     """Embedding, blocks by pattern, norm.
+
+    Attributes:
+        strands: what reads the other strand, if ``rc`` is ``equivariant``; else None.
+        width: channels of the hidden states.
 
     Initialisation follows the Mamba2 code: embeddings normal with deviation 0.02, linear layers torch's default, and
     layers that write to the residual stream divided by the root of how many there are.
@@ -135,8 +147,10 @@ class Backbone(nn.Module):
         def norm(width: int) -> nn.Module:
             return NORMS[config.norm](width, config.norm_eps)
 
+        self.strands = Strands(config.complement, config.vocab_size) if config.rc == "equivariant" else None
+        self.width = config.d_model if self.strands is None else 2 * config.d_model
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.patch_embedding: nn.Module | None = None
+        self.patch_embedding: PatchEmbedding | None = None
         if config.patches is not None:
             try:
                 self.patch_embedding = config.patches(config.d_model)
@@ -156,7 +170,9 @@ class Backbone(nn.Module):
                 raise ConfigError(f"backbone.{_ffn_key(config, letter)}: {error}") from error
             blocks.append(Block(config.d_model, mixer, ffn, norm, config.residual))
         choosing = [key for key, block in zip(self.letters, blocks, strict=True) if not block.feeds_each_alone]
-        if all(block.mixer.causal for block in blocks) and choosing:
+        for block in blocks:
+            block.one_way = self.strands is None
+        if all(block.mixer.causal and block.one_way for block in blocks) and choosing:
             key = _ffn_key(config, choosing[0])
             raise ConfigError(
                 f"backbone.{key}: choice 'expert' lets experts compare a position with later ones, but every mixer of "
@@ -186,6 +202,8 @@ class Backbone(nn.Module):
             batch: tokens, patches or both, with segment ids and positions if there are any.
             state: from the window before, or ``initial_state`` to begin a stream; None keeps none.
         """
+        if self.strands is not None:
+            _check_strands(batch, state)
         rows, length = batch.shape
         if state is not None and batch.continues is not None:
             state = state.keep(batch.continues)
@@ -197,7 +215,10 @@ class Backbone(nn.Module):
             offset=None if state is None else state.position,
             device=batch.inputs.device,
         )
-        hidden = embed(batch.tokens, batch.patches, batch.positions, self.embedding, self.patch_embedding)
+        tokens, whole = batch.tokens, layout
+        if self.strands is not None and tokens is not None:
+            tokens, layout = self.strands.both(tokens, whole)
+        hidden = embed(tokens, batch.patches, batch.positions, self.embedding, self.patch_embedding)
         if not self.residual_in_fp32 and torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         after: list[Any] = []
@@ -217,12 +238,21 @@ class Backbone(nn.Module):
                 else:
                     aux[f"experts/{number + 1}/{name}"] = value
         hidden = self.norm(hidden)
+        if self.strands is not None:  # sums are for each position, which was seen twice
+            hidden = self.strands.join(hidden, whole)
+            aux = {name: value / 2 if name.endswith("_sum") else value for name, value in aux.items()}
         if state is None:
             return BackboneOutput(hidden, aux=aux)
         return BackboneOutput(hidden, BackboneState(after, _advance(state.position, layout)), aux)
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> BackboneState:
-        """The state before the first token of ``rows`` rows."""
+        """The state before the first token of ``rows`` rows.
+
+        Raises:
+            ValueError: a mixer or the other strand needs the whole row.
+        """
+        if self.strands is not None:
+            raise ValueError("an equivariant backbone (backbone.rc) has no state: the other strand needs the whole row")
         blocks = [block.mixer.initial_state(rows, device, dtype) for block in self._blocks()]
         return BackboneState(blocks, torch.zeros(rows, dtype=torch.int64, device=device))
 
@@ -262,6 +292,17 @@ def _bind(config: BackboneConfig, letters: str, blocks: list[Block]) -> dict[int
         sources[number] = found
         blocks[found].publishes = True
     return sources
+
+
+def _check_strands(batch: SequenceBatch, state: BackboneState | None) -> None:
+    """Raise ValueError for what has no reverse complement."""
+    if state is not None:
+        raise ValueError("an equivariant backbone (backbone.rc) carries no state: the other strand needs the whole row")
+    if batch.tokens is None or batch.patches is not None or batch.positions is not None:
+        raise ValueError(
+            "an equivariant backbone (backbone.rc) reads tokens, and counts positions from either end of a segment; "
+            "the batch has patches or positions of its own: set backbone.rc=none"
+        )
 
 
 def _ffn_key(config: BackboneConfig, letter: str) -> str:

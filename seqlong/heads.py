@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from seqlong.kernels.cross_entropy import linear_cross_entropy
 from seqlong.kernels.cross_entropy.op import SMALL
+from seqlong.strands import Strands
 
 #: Logits held at a time by ``most_likely``, in elements.
 _BUDGET = 1 << 24
@@ -16,19 +17,30 @@ _BUDGET = 1 << 24
 class LanguageHead(nn.Module):
     """``logits = hidden Wᵀ``, one for each token of the vocabulary, in float32.
 
-    W is the embedding's weight where one is given, so that it is stored, saved and trained once.
+    W is the embedding's weight where one is given, so that it is stored, saved and trained once. With ``strands``,
+    hidden states are those of both strands (``seqlong.strands``), and are read with ``[W, W c]``: the other strand's
+    half speaks of complements. Then logits of the reverse complement are those of the row turned around, each symbol's
+    that of its complement.
 
     Args:
-        d_model: width of the hidden states.
+        d_model: width of the hidden states, or of one strand's.
         vocab_size: tokens.
         embedding: share its weight (arXiv 1608.05859); None makes a weight of its own, normal with deviation 0.02.
+        strands: those of the backbone, ``backbone.strands``, if its hidden states are of both.
     """
 
     weight: nn.Parameter | None
 
-    def __init__(self, d_model: int, vocab_size: int, embedding: nn.Embedding | None = None) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        vocab_size: int,
+        embedding: nn.Embedding | None = None,
+        strands: Strands | None = None,
+    ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
+        self._strands = () if strands is None else (strands,)
         self._shared = () if embedding is None else (embedding,)  # in a tuple: it is no submodule of this one
         if embedding is None:
             self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
@@ -43,8 +55,10 @@ class LanguageHead(nn.Module):
 
     @property
     def matrix(self) -> Float[Tensor, "y d"]:
-        """W, wherever it is kept. (Asked for anew each time: a sharded embedding replaces its weight.)"""
-        return self._shared[0].weight if self.weight is None else self.weight
+        """W, wherever it is kept; ``[W, W c]`` for two strands. (Asked for anew each time: a sharded embedding replaces
+        its weight.)"""
+        weight = self._shared[0].weight if self.weight is None else self.weight
+        return torch.cat([weight, weight[self._strands[0].complement]], dim=1) if self._strands else weight
 
     def logits(self, hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t y"]:
         """Logits of every position, float32 (float64 if hidden is). All at once: for long rows ask for the ``loss``."""

@@ -209,11 +209,15 @@ def measure(name: str, backbone: Any, values: Mapping[str, Any], tied: bool, len
     """
     from seqlong.cost import Cost, feed_forward_cost, head_term, mixer_cost
 
+    strands = 1 if backbone.strands is None else 2
+
     def part(name: str, modules: Sequence[Any], cost: Cost, **more: Any) -> Part:
+        if strands == 2 and cost.growth != "none":
+            cost = Cost(cost.terms, None, "needs the whole row")
         size = _count(modules[0])
         idle = sum(getattr(inner, "idle_parameters", 0) for inner in modules[0].modules())
         return Part(name, len(modules), size, size - idle, state=cost.state, growth=cost.growth,
-                    terms=[asdict(term) for term in cost.terms], **more)  # fmt: skip
+                    terms=[_of_strands(term, strands) for term in cost.terms], **more)  # fmt: skip
 
     mixers: dict[tuple[Any, ...], list[Any]] = {}
     feeds: dict[tuple[Any, ...], list[Any]] = {}
@@ -235,7 +239,7 @@ def measure(name: str, backbone: Any, values: Mapping[str, Any], tied: bool, len
     parts.append(part("norm", [*norms, backbone.norm], Cost(())))
     parts.append(part("embedding", [backbone.embedding], Cost(()), settings={"vocab_size": vocab_size}))
     own = 0 if tied else vocab_size * width
-    head = asdict(head_term(width, vocab_size))
+    head = _of_strands(head_term(width, vocab_size), strands)
     parts.append(Part("head", 1, own, own, settings={"tied": tied}, terms=[head]))
     return Shown(name, backbone.letters, len(backbone.letters), width, vocab_size, tied, length, parts)
 
@@ -295,6 +299,11 @@ def _named(node: Any) -> tuple[str, dict[str, Any]]:
         own = {f"{key}.{setting}": value for key, (_, of) in named.items() for setting, value in of.items()}
         return f"{name}({' + '.join(label for label, _ in named.values())})", {**own, **settings}
     return name, settings
+
+
+def _of_strands(term: Any, strands: int) -> dict[str, Any]:
+    """What each strand takes, in all."""
+    return {**asdict(term), "flops": strands * term.flops}
 
 
 def _count(module: Any) -> int:

@@ -68,7 +68,10 @@ class SequenceTask(LightningModule):
         self.backbone = Backbone(backbone)
         embedding = self.backbone.embedding
         self.head = LanguageHead(
-            embedding.embedding_dim, embedding.num_embeddings, embedding if tie_embeddings else None
+            embedding.embedding_dim,
+            embedding.num_embeddings,
+            embedding if tie_embeddings else None,
+            self.backbone.strands,
         )
         self.optimizer_settings, self.schedule = optimizer, schedule
         self.z_loss = z_loss

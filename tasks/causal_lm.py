@@ -42,6 +42,11 @@ class CausalLM(SequenceTask):
         compile: bool = False,
     ) -> None:
         super().__init__(backbone, optimizer, schedule, tie_embeddings, z_loss, carry_state, compile)
+        if self.backbone.strands is not None:
+            raise ConfigError(
+                "CausalLM predicts the next token, but with model.backbone.rc=equivariant the other strand sees it; "
+                "set model.backbone.rc=none, or use task=masked_lm"
+            )
         for number, block in enumerate(self.backbone.blocks, 1):
             if not block.mixer.causal:  # type: ignore[union-attr]
                 raise ConfigError(

@@ -86,7 +86,7 @@ class MaskedLM(SequenceTask):
         self.mask_share, self.random_share = mask_share, random_share
         self.mask_token = mask_token
         self.register_buffer("replacements", torch.tensor(list(replacements)), persistent=False)
-        if all(block.mixer.causal for block in self.backbone.blocks):  # type: ignore[union-attr]
+        if all(block.causal for block in self.backbone.blocks):
             log.warning(
                 "MaskedLM: every mixer is causal, so hidden tokens are guessed from the left side alone; use "
                 "seqlong.mixers.Bidirectional, and attention with causal false"

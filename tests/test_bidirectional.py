@@ -385,7 +385,7 @@ def test_one_op_is_the_definition_and_is_what_runs(name: str, monkeypatch: pytes
 
 
 def test_joined_readings_have_one_set_of_weights_and_half_the_products() -> None:
-    apart, joined = (Bidirectional(WIDTH, GLA, tied=True, join=join) for join in ("outputs", "readings"))  # type: ignore[arg-type]
+    apart, joined = Bidirectional(WIDTH, GLA, tied=True), Bidirectional(WIDTH, GLA, join="readings")
     assert joined.tied and set(joined.state_dict()) == set(apart.state_dict())
     one = {term.what: term.flops for term in mixer_cost(GLA(WIDTH), 50).terms}
     costs = [{t.what: t.flops for t in mixer_cost(mixer, 50).terms} for mixer in (apart, joined)]
