@@ -31,7 +31,7 @@ INDEX_SUFFIX = ".idx"
 #: Words before the last dot that belong to the field: ``0001.tokens.npy`` is the field ``tokens.npy`` of ``0001``.
 FIELD_WORDS = frozenset({"tokens", "codes", "seq", "meta", "text", "label"})
 _COMPRESSIONS = frozenset({"gz", "zst", "bz2", "xz"})
-_BLOCK = 512
+_BLOCK, _MAGIC_AT = 512, 257
 _OPEN_FILES = 32
 _FORMAT = 1
 _EPOCH, _SHARDS, _WITHIN = range(3)  # streams of random numbers
@@ -125,7 +125,8 @@ def scan(path: str | Path, fields: Sequence[str] | None = None) -> ShardIndex:
                     found[field] = (member.offset_data, member.size)
                 end = tar.offset
         except tarfile.TarError as error:
-            if samples:
+            file.seek(_MAGIC_AT)
+            if samples or file.read(5) == b"ustar":
                 raise _truncated(path, whole, samples) from error
             raise DataError(f"{path}: found no tar ({error}); expected a plain, uncompressed tar") from error
         file.seek(end)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,7 +108,7 @@ def read_documents(
                 yield from _decoded(path, file, reading, tally, 0)
 
 
-def _decoded(path: Path, file: IO[bytes], reading: Reading, tally: Tally, row: int) -> Iterator[Event]:
+def _decoded(path: Path, file: io.BufferedIOBase, reading: Reading, tally: Tally, row: int) -> Iterator[Event]:
     """The bytes of a stream, checked to be UTF-8; no more than a piece in memory, however long its lines are."""
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     done, lines, replaced, first = 0, 0, False, True
@@ -161,7 +161,7 @@ def _undecodable(path: Path, row: int, start: int, lines: int, data: bytes, erro
     )
 
 
-def _jsonl(path: Path, file: IO[bytes], reading: Reading, tally: Tally) -> Iterator[Event]:
+def _jsonl(path: Path, file: io.BufferedIOBase, reading: Reading, tally: Tally) -> Iterator[Event]:
     line = 0
     while True:
         row = file.readline(LONGEST_ROW + 1)

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import zstandard
 
@@ -94,7 +94,7 @@ def find_files(paths: str | Iterable[str]) -> tuple[list[Path], list[Path]]:
 
 
 @contextmanager
-def open_bytes(path: Path, progress: Callable[[int], None] | None = None) -> Iterator[IO[bytes]]:
+def open_bytes(path: Path, progress: Callable[[int], None] | None = None) -> Iterator[io.BufferedIOBase]:
     """The decompressed bytes of a file, in constant memory.
 
     Args:
