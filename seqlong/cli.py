@@ -31,6 +31,11 @@ VERBS = {
     ),
     "embed": ("hidden states of whole chromosomes as an array", "seqlong embed ref.fa --ckpt last --output ref.npy"),
     "track": ("how likely every base is, as a bigWig", "seqlong track ref.fa --ckpt last --output ref.bw"),
+    "generate": ("draw sequences", "seqlong generate --ckpt last --prompt ATGAAACGC --length 1000 --temperature 0.9"),
+    "attribute": ("which bases matter, as a logo", "seqlong attribute chr7:1000-1100 ref.fa --ckpt last"),
+    "reach": ("how much of its context a model uses", "seqlong reach ref.fa --ckpt last --contexts 256,4k,64k"),
+    "seen": ("what of a region was trained on", "seqlong seen chr7:1-2000 ref.fa --ckpt last"),
+    "check-rc": ("compare a model on both strands", "seqlong check-rc --ckpt last"),
     "tokenizer": ("train a tokenizer on your own text", "seqlong tokenizer train books/ --size 8192"),
     "shards": ("make, check and index tar shards", "seqlong shards check shards/"),
     "bench": ("list or run the benchmarks", "seqlong bench"),
@@ -50,6 +55,11 @@ _COMMANDS = {
     "score": "seqlong.inference.score",
     "embed": "seqlong.inference.embed",
     "track": "seqlong.inference.track",
+    "generate": "seqlong.inference.generate",
+    "attribute": "seqlong.inference.attribute",
+    "reach": "seqlong.inference.reach",
+    "seen": "seqlong.inference.seen",
+    "check-rc": "seqlong.inference.check_rc",
 }
 _LIGHTNING = ("fit", "validate", "test", "predict")
 # Flags that stand alone; every other flag may take its value from the next word.

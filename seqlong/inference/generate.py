@@ -1,0 +1,219 @@
+"""The verb ``seqlong generate``: sequences drawn from a causal model, of any length in constant memory."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from seqlong.datamodules.dna.alphabet import A, DnaVocabulary, T
+from seqlong.datamodules.dna.fasta import Header
+from seqlong.datamodules.dna.sequences import read_sequences
+from seqlong.errors import ConfigError, DataError
+from seqlong.inference.arguments import Parser, integer, open_model, progress, require_bases
+from seqlong.inference.model import Model, repeat
+from seqlong.state import BackboneState
+
+log = logging.getLogger("seqlong")
+
+HELP = """Draws sequences from a causal model, base by base, in the memory of its state (which grows with full attention
+only). Written as FASTA; each header tells the settings, and the bits a base that the model gives what it drew.
+
+Sequence n of a seed is the same however many are drawn."""
+EXAMPLES = """examples:
+  seqlong generate --ckpt last --prompt ATGAAACGC --length 1000
+  seqlong generate --ckpt last --prompt-file start.fa --length 1M --count 4 --top-p 0.95 --seed 7 --output g.fa"""
+_BLOCK = 4096
+_BASES = b"ACGT"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a base is drawn.
+
+    Attributes:
+        temperature: logits are divided by this; below 1 likely bases become likelier, 0 takes the likeliest always.
+        top_k: only so many of the likeliest; 0 for all.
+        top_p: only the likeliest that have this probability together; 1 for all.
+        seed: names the draw.
+
+    Raises:
+        ConfigError: a setting is out of its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not math.isfinite(self.temperature):
+            raise ConfigError(f"--temperature is {self.temperature}; expected 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p is {self.top_p}; expected above 0 and up to 1")
+        if self.top_k < 0:
+            raise ConfigError(f"--top-k is {self.top_k}; expected 0 (all) or more")
+
+    def probabilities(self, logits: Float[Tensor, "b y"]) -> Float[Tensor, "b y"]:
+        """What each symbol is drawn with, float64."""
+        logits = logits.double()
+        if self.temperature == 0:
+            return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).double()
+        shares = (logits / self.temperature).softmax(dim=-1)
+        ordered, order = shares.sort(dim=-1, descending=True, stable=True)
+        kept = ordered.cumsum(dim=-1) - ordered < self.top_p  # the first that pass it are in
+        if self.top_k:
+            kept[..., self.top_k :] = False
+        shares = torch.zeros_like(shares).scatter(-1, order, ordered * kept)
+        return shares / shares.sum(dim=-1, keepdim=True)
+
+
+def command(words: Sequence[str]) -> int:
+    """``seqlong generate``; returns the exit status.
+
+    Raises:
+        SeqlongError: a mistake in the flags or the files.
+    """
+    parser = Parser("generate", HELP, EXAMPLES)
+    parser.add_model()
+    parser.add_argument("--prompt", default="", metavar="ACGT", help="bases to go on from; none starts with any base")
+    parser.add_argument("--prompt-file", metavar="FASTA", help="the first record of a file instead, of any length")
+    parser.add_argument("--length", type=integer, default=1000, help="bases to draw; 1000 if left out")
+    parser.add_argument("--count", type=integer, default=1, help="sequences")
+    parser.add_argument("--temperature", type=_number, default=1.0, help="below 1: likelier bases; 0: the likeliest")
+    parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest of the four; 0 for all")
+    parser.add_argument("--top-p", type=_number, default=1.0, help="only the likeliest with this probability together")
+    parser.add_argument("--seed", type=int, default=0, help="names the draw")
+    parser.add_argument("--output", metavar="FILE", help="FASTA; the terminal if left out")
+    given = parser.parse_args(list(words))
+    sampling = Sampling(given.temperature, given.top_k, given.top_p, given.seed)
+    if given.prompt and given.prompt_file:
+        raise ConfigError("--prompt and --prompt-file are two prompts; give one")
+    model = open_model(given)
+    model.require("causal", why="generate")
+    require_bases(model, "generate")
+    parts = _first_record(Path(given.prompt_file)) if given.prompt_file else iter([_letters(given.prompt)])
+    if given.output:
+        target = Path(given.output)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                write(model, parts, given.length, given.count, sampling, file.write)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        log.info("wrote %s", target)
+    else:
+        sys.stdout.flush()
+        write(model, parts, given.length, given.count, sampling, sys.stdout.buffer.write)
+        sys.stdout.buffer.flush()
+    return 0
+
+
+def write(
+    model: Model, prompt: Iterator[bytes], length: int, count: int, sampling: Sampling, put: Callable[[bytes], object]
+) -> None:
+    """Draw ``count`` sequences and ``put`` them, as FASTA."""
+    with ExitStack() as stack:
+        kept = [stack.enter_context(TemporaryFile()) for _ in range(count)]
+        nats = torch.zeros(count, dtype=torch.float64)
+        with progress("Drawing", length * count, "bases") as advance:
+            for block, said in draw(model, prompt, length, count, sampling):
+                for row, letters in zip(kept, block, strict=True):
+                    row.write(letters)
+                nats -= said
+                advance(len(block[0]) * count)
+        settings = f"temperature={sampling.temperature} top_k={sampling.top_k} top_p={sampling.top_p}"
+        for number, row in enumerate(kept):
+            bits = nats[number].item() / length / math.log(2)
+            name = f">generated_{number + 1} length={length} {settings} seed={sampling.seed} bits={bits:.4f}\n"
+            put(name.encode())
+            row.seek(0)
+            while line := row.read(80):
+                put(line + b"\n")
+
+
+def draw(
+    model: Model, prompt: Iterator[bytes], length: int, count: int, sampling: Sampling
+) -> Iterator[tuple[list[bytes], Tensor]]:
+    """Letters of ``count`` rows, some thousand at a time, and ``(count)`` the ``ln p`` of each row's part.
+
+    ``p`` is the model's own, before temperature and cuts, among the four bases; that of a first base without a prompt
+    is 1/4.
+    """
+    vocabulary, randoms = DnaVocabulary(), [torch.Generator().manual_seed(sampling.seed + row) for row in range(count)]
+    state: BackboneState | None = None
+    last: Tensor | None = None
+    for part in prompt:
+        for start in range(0, len(part), 1 << 15):
+            tokens = torch.tensor([vocabulary.encode(part[start : start + (1 << 15)].decode())])
+            state = model.initial_state() if state is None else state
+            last, state = model.hidden(tokens, state)
+            last = last[:, -1:]
+    if state is None:
+        state = model.initial_state()
+    state = repeat(state, count)
+    logits = torch.zeros(count, 4, dtype=torch.float64) if last is None else _bases(model, last).expand(count, 4)
+    for start in range(0, length, _BLOCK):
+        size = min(_BLOCK, length - start)
+        uniform = torch.stack([torch.rand(size, generator=each, dtype=torch.float64) for each in randoms], dim=1)
+        found = torch.empty(count, size, dtype=torch.uint8)
+        said = torch.zeros(count, dtype=torch.float64)
+        for step in range(size):
+            edges = sampling.probabilities(logits).cumsum(dim=-1)
+            chosen = (uniform[step, :, None] * edges[:, -1:] >= edges).sum(dim=-1).clamp(max=3)
+            found[:, step] = chosen.to(torch.uint8)
+            said += logits.log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0]
+            last, state = model.hidden((chosen + A)[:, None], state)
+            logits = _bases(model, last)
+        yield [bytes(row).translate(_LETTERS) for row in found.numpy()], said
+
+
+_LETTERS = bytes([*_BASES, *range(4, 256)])
+
+
+def _bases(model: Model, hidden: Tensor) -> Float[Tensor, "b 4"]:
+    """Logits of A, C, G and T after the last position, on the CPU."""
+    with torch.no_grad(), model.products():
+        return model.task.head.logits(hidden)[:, -1, A : T + 1].double().cpu()
+
+
+def _letters(text: str) -> bytes:
+    found = "".join(text.split()).upper()
+    wrong = sorted(set(found) - set("ACGTUN"))
+    if wrong:
+        raise ConfigError(f"--prompt has '{wrong[0]}'; expected A, C, G, T or N")
+    return found.encode()
+
+
+def _first_record(path: Path) -> Iterator[bytes]:
+    """The bases of the first record of a sequence file, in parts."""
+    started = False
+    for item in read_sequences(path):
+        if isinstance(item, Header):
+            if started:
+                return
+            started = True
+        else:
+            yield item
+    if not started:
+        raise DataError(f"{path} has no records")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from error
