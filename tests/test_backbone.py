@@ -33,7 +33,8 @@ SIZES = {
     "moe_small": 2.1e6, "recall_hybrid": 0.137e6, "hybridna_3b": 3e9, "hybridna_7b": 7e9,
     # Of published shapes; tests/test_show.py holds them against the published counts.
     "linear_moe_2b": 2.32e9, "linear_moe_7b": 7.02e9, "minimax_01": 454.9e9, "gdn_h1": 1.32e9, "gdn_h2": 1.35e9,
-    "kimi_linear": 50.5e9, "samba_421m": 0.42e9, "ring_mini_linear": 16.9e9,
+    "kimi_linear": 48.8e9, "samba_421m": 0.42e9, "ring_mini_linear": 16.1e9,
+    "griffin": 2.68e9, "bamba_9b": 9.25e9, "hunyuan_turbos": 558e9, "hydra": 1.61e9,
     "sambay_3_8b": 3.85e9,
 }  # fmt: skip
 
@@ -80,15 +81,14 @@ def build(node: Any) -> Any:
         module, name = node["class_path"].rsplit(".", 1)
         arguments = {key: build(value) for key, value in node.get("init_args", {}).items()}
         return partial(getattr(importlib.import_module(module), name), **arguments)
-    return node
+    return {key: build(value) for key, value in node.items()} if isinstance(node, dict) else node
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_presets_have_the_size_of_their_name(name: str) -> None:
     settings = yaml.safe_load(PRESETS[name].read_text())["backbone"]
     settings["mixers"] = {letter: build(mixer) for letter, mixer in settings["mixers"].items()}
-    if "ffn" in settings:
-        settings["ffn"] = build(settings["ffn"])
+    settings.update({key: build(settings[key]) for key in ("ffn", "ffns") if key in settings})
     with torch.device("meta"):
         backbone = Backbone(BackboneConfig(**settings))
     size = sum(parameter.numel() for parameter in backbone.parameters())
