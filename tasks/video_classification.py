@@ -145,14 +145,15 @@ class VideoClassification(SequenceTask):
             "source": [text for text, keep in zip(source, kept.tolist(), strict=True) if keep],
         }
 
-    def _evaluate(self, batch: SequenceBatch, part: str) -> None:
+    def _evaluate(self, batch: SequenceBatch, part: str) -> dict[str, Tensor]:
         batch = self.prepare(batch)
         assert batch.targets is not None
         hidden = self.pooled(self.backbone(batch).hidden, batch)
         counted = batch.targets >= 0
         bits, accuracy = self.get_submodule(f"{part}_bits"), self.get_submodule(f"{part}_accuracy")
-        bits.update(self.head.loss(hidden, batch.targets), counted)  # type: ignore[operator]
-        accuracy.update(self.head.most_likely(hidden), batch.targets, counted)  # type: ignore[operator]
+        nll, predicted = self.head.loss(hidden, batch.targets), self.head.most_likely(hidden)
+        bits.update(nll, counted)  # type: ignore[operator]
+        accuracy.update(predicted, batch.targets, counted)  # type: ignore[operator]
         figures = [("bits", bits), ("accuracy", accuracy)]
         if self.views > 1 and batch.index is not None:
             videos = self.get_submodule(f"{part}_videos")
@@ -167,6 +168,7 @@ class VideoClassification(SequenceTask):
             figures.append(("video_accuracy", videos))
         for name, metric in figures:
             self.log(f"{part}/{name}", metric, on_step=False, on_epoch=True, batch_size=batch.shape[0])  # type: ignore[arg-type]
+        return {"nll": nll, "right": predicted == batch.targets, "counted": counted, "targets": batch.targets}
 
 
 class VideoAccuracy(Metric):

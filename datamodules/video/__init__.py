@@ -1,7 +1,19 @@
 """Video: from files, or from nothing, to rows of patches."""
 
+from seqlong.datamodules.video.datamodule import VideoData
+from seqlong.datamodules.video.sampling import Sampling
 from seqlong.datamodules.video.synthetic import FlashCount, FlashOrder, MovingDigits, VideoGenerator, VideoNeedle
 from seqlong.datamodules.video.synthetic_data import SyntheticVideo
 from seqlong.datamodules.video.tubelets import Tubelets
 
-__all__ = ["FlashCount", "FlashOrder", "MovingDigits", "SyntheticVideo", "Tubelets", "VideoGenerator", "VideoNeedle"]
+__all__ = [
+    "FlashCount",
+    "FlashOrder",
+    "MovingDigits",
+    "Sampling",
+    "SyntheticVideo",
+    "Tubelets",
+    "VideoData",
+    "VideoGenerator",
+    "VideoNeedle",
+]

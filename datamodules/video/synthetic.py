@@ -232,7 +232,7 @@ def _stage(random: np.random.Generator, frames: int, size: int) -> NDArray[np.ui
 
 @functools.lru_cache
 def _mesh(size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    steps = np.arange(size) + 0.5
+    steps: NDArray[np.float64] = (np.arange(size) + 0.5).astype(np.float64)
     return steps[:, None], steps[None, :]
 
 
