@@ -108,7 +108,7 @@ def scan(path: str | Path, fields: Sequence[str] | None = None) -> ShardIndex:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
-                    tar.members.clear()  # it remembers each, a kilobyte for every file
+                    tar.members.clear()  # type: ignore[attr-defined]  # it remembers each, a kilobyte for every file
                     if member.isdir():
                         continue
                     if not member.isreg():

@@ -264,7 +264,7 @@ def test_check_says_all_that_is_wrong(shards, tmp_path, capsys):
         check([tmp_path])
     said = str(caught.value).splitlines()
     text = str(caught.value)
-    assert said[0] == "4 problems:" and "0.tar: the tar is truncated" in text
+    assert said[0] == "4 problems:" and "0.tar: the tar has 12,480 bytes, but its index" in text
     assert "1.tar: not the bytes that index.json was written for (SHA-256 differs)" in text
     assert "3.tar: 1 of 3 samples have no 'json', such as 'c'" in text
     assert "3.tar: 1 'txt' are empty, such as 'b'" in text

@@ -124,7 +124,7 @@ def test_rows_have_the_names_of_their_lines(tmp_path):
     corpus = Corpus(str(path), ByteVocabulary(), Reading(), tmp_path / "cache")
     assert [corpus.name(number) for number in range(len(corpus))] == ["a.jsonl:1", "a.jsonl:3"]
     assert corpus.notes() == ["1 document empty, skipped: " + f"{path}:2"]
-    assert corpus.words.tolist() == [2, 3] and corpus.bytes.tolist() == [7, 16]
+    assert corpus.words.tolist() == [2, 3] and corpus.text_bytes.tolist() == [7, 16]
     assert corpus.read(0, 0, 9).tolist() == [2, *(byte + 4 for byte in b"one two"), 3]
     assert corpus.text(1, 0, int(corpus.lengths[1])) == b"three\tfour  five"
 
@@ -261,4 +261,4 @@ def test_token_arrays_in_a_tar(tmp_path):
         Corpus(str(path), ByteVocabulary(), Reading(), tmp_path / "cache")
     path.write_bytes(path.read_bytes()[:whole] + bytes(1024))
     corpus = Corpus(str(path), ByteVocabulary(), Reading(), tmp_path / "cache")
-    assert corpus.read(0, 1, 17).tolist() == list(range(4, 20)) and corpus.bytes.tolist() == [16]
+    assert corpus.read(0, 1, 17).tolist() == list(range(4, 20)) and corpus.text_bytes.tolist() == [16]

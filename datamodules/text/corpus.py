@@ -65,6 +65,7 @@ class Corpus:
         self._first: NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         if not self._first[-1]:
             raise DataError(f"{', '.join(map(str, files[:_NAMED]))}: found no text at all; expected documents")
+        self._ends = (vocabulary.bos or 0, vocabulary.eos or 0)
         self.prefix, self.suffix = int(vocabulary.bos is not None), int(vocabulary.eos is not None)
         self.lengths: NDArray[np.int64] = self._column(LENGTH) + self.prefix + self.suffix
 
@@ -82,7 +83,7 @@ class Corpus:
         return [store.digest for store in self.stores]
 
     @property
-    def bytes(self) -> NDArray[np.int64]:
+    def text_bytes(self) -> NDArray[np.int64]:
         """``(n)`` bytes of each document's text."""
         return self._column(BYTES)
 
@@ -121,9 +122,9 @@ class Corpus:
         body = store.data[first + low : first + high]
         np.add(body, self.vocabulary.offset, out=found[begin : begin + len(body)], dtype=np.int64)
         if begin:
-            found[0] = self.vocabulary.bos
+            found[0] = self._ends[0]
         if begin + len(body) < len(found):
-            found[-1] = self.vocabulary.eos
+            found[-1] = self._ends[1]
         return found
 
     def text(self, document: int, start: int, stop: int) -> bytes:

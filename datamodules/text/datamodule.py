@@ -193,7 +193,7 @@ class TextData(SequenceData):
                 {
                     "path": paths if isinstance(paths, str) else ", ".join(paths),
                     "documents": len(corpus),
-                    "bytes": int(corpus.bytes.sum()),
+                    "bytes": int(corpus.text_bytes.sum()),
                     "tokens": int(corpus.lengths.sum()) - len(corpus) * (corpus.prefix + corpus.suffix),
                     "words": int(corpus.words.sum()),
                     "digest": corpus.digests[0] if len(corpus.digests) == 1 else ", ".join(corpus.digests),

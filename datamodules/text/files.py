@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import zstandard
 
@@ -87,8 +87,8 @@ def find_files(paths: str | Iterable[str]) -> tuple[list[Path], list[Path]]:
         else:
             if not path.parent.is_dir():
                 raise DataError(f"{path}: no such file; the folder {path.parent} does not exist either")
-            names = [entry.name for entry in path.parent.iterdir()]
-            raise DataError(f"{path}: no such file{nearest(path.name, names)}")
+            there = [entry.name for entry in path.parent.iterdir()]
+            raise DataError(f"{path}: no such file{nearest(path.name, there)}")
         found.update(dict.fromkeys(kept))
     return list(found), left
 
@@ -115,8 +115,9 @@ def open_bytes(path: Path, progress: Callable[[int], None] | None = None) -> Ite
         if suffix == ".zst":
             yield io.BufferedReader(_Zstd(raw), CHUNK)
         elif suffix in COMPRESSIONS:
-            opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[suffix](raw)
-            yield io.BufferedReader(opened, CHUNK)  # type: ignore[arg-type]
+            opened: Any = {".gz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}[suffix]
+            packed = opened(fileobj=raw) if suffix == ".gz" else opened(raw)
+            yield io.BufferedReader(packed, CHUNK)
         else:
             buffered = io.BufferedReader(raw, CHUNK)
             _refuse_foreign(path, buffered.peek(8)[:8])

@@ -9,6 +9,7 @@ import lzma
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +62,10 @@ def _measure(corpus: Corpus, training: Spans, validation: Spans) -> dict[str, fl
     one = (counts + _SMOOTHING * zero) / (counts.sum(axis=1, keepdims=True) + _SMOOTHING)
     cost = -np.log2(one).reshape(-1)
     bits, size = 0.0, 0
-    compressors = {"bz2": bz2.BZ2Compressor(9), "xz": lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)}
+    compressors: dict[str, Any] = {
+        "bz2": bz2.BZ2Compressor(9),
+        "xz": lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME),
+    }
     pressed = dict.fromkeys(compressors, 0)
     for block in _blocks(corpus, validation, MEASURED):
         size += len(block)

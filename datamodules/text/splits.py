@@ -47,7 +47,7 @@ class Split:
         return {
             "documents": len(np.unique(spans.document)),
             "tokens": int((spans.lengths - special).sum()),
-            "bytes": int(np.rint((corpus.bytes[spans.document] * share).sum())),
+            "bytes": int(np.rint((corpus.text_bytes[spans.document] * share).sum())),
             "words": int(np.rint((corpus.words[spans.document] * share).sum())),
         }
 
@@ -109,7 +109,7 @@ class DocumentSplit(Splitter):
         rank = np.empty_like(first)
         rank[np.argsort(first)] = np.arange(len(first))
         group = rank[group]
-        sizes = np.bincount(group, weights=corpus.bytes).astype(np.int64)
+        sizes = np.bincount(group, weights=corpus.text_bytes).astype(np.int64)
         order = permute(np.arange(len(sizes)), len(sizes), self.seed)
         owner = np.zeros(len(sizes), dtype=np.int8)
         total = float(sizes.sum())
