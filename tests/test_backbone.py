@@ -136,6 +136,25 @@ def test_a_letter_has_a_feed_forward_of_its_own() -> None:
     assert [len(found) for found in writers] == [2, 3, 1, 3, 1]  # experts write twice: chosen and shared
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "block", "tiled"])
+def test_each_half_adds_to_its_input_or_to_the_norm_of_it(checkpointing: Any) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 16, (2, 11))
+    for residual in ("input", "norm"):
+        ffns: Any = {"w": partial(MoE, experts=4, active=2, d_hidden=8)}  # experts have a way of their own
+        shape: Any = {"pattern": "mw", "mixers": MIXERS, "ffns": ffns, "residual": residual}
+        model = Backbone(BackboneConfig(d_model=16, checkpointing=checkpointing, tile=4, **shape)).double()
+        hidden, layout = model.embedding(tokens), SequenceLayout.build(2, 11)
+        for block in model.blocks:
+            normed = block.mixer_norm(hidden)
+            hidden = (hidden if residual == "input" else normed) + block.mixer(normed, layout)[0]
+            normed = block.ffn_norm(hidden)
+            fed = block.ffn(normed, layout)[0] if block.routed else block.ffn(normed)
+            hidden = (hidden if residual == "input" else normed) + fed
+        found = model(SequenceBatch(tokens=tokens)).hidden
+        torch.testing.assert_close(found, model.norm(hidden), rtol=1e-9, atol=1e-9)
+
+
 def test_a_feed_forward_for_a_letter_that_is_not_there() -> None:
     mixers: Any = {"a": partial(Attention, heads=2)}
     with pytest.raises(ConfigError, match=r"backbone\.ffns\.b is for no block: backbone\.mixers defines 'a'"):
