@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from seqlong.batch import SequenceBatch
 from seqlong.block import MEMORY, Block, Checkpointing, Residual, run_block
-from seqlong.embeddings import PatchFactory, embed
+from seqlong.embeddings import PatchEmbedding, PatchFactory, embed
 from seqlong.errors import ConfigError, nearest
 from seqlong.ffn import FeedForwardFactory, SwiGLU
 from seqlong.layout import SequenceLayout
@@ -207,14 +207,18 @@ class Backbone(nn.Module):
         rows, length = batch.shape
         if state is not None and batch.continues is not None:
             state = state.keep(batch.continues)
-        layout = SequenceLayout.build(
-            rows,
-            length,
-            batch.segment_ids,
-            batch.positions,
-            offset=None if state is None else state.position,
-            device=batch.inputs.device,
-        )
+        if batch.fragment is not None:
+            self._check_fragment(state)
+            layout = batch.fragment.layout(rows, length)
+        else:
+            layout = SequenceLayout.build(
+                rows,
+                length,
+                batch.segment_ids,
+                batch.positions,
+                offset=None if state is None else state.position,
+                device=batch.inputs.device,
+            )
         tokens, whole = batch.tokens, layout
         if self.strands is not None and tokens is not None:
             tokens, layout = self.strands.both(tokens, whole)
@@ -244,6 +248,19 @@ class Backbone(nn.Module):
         if state is None:
             return BackboneOutput(hidden, aux=aux)
         return BackboneOutput(hidden, BackboneState(after, _advance(state.position, layout)), aux)
+
+    def _check_fragment(self, state: BackboneState | None) -> None:
+        """Raise ConfigError for what cannot be done with rows that several processes hold."""
+        for given, what in (
+            (state is not None, "carries no state from window to window: set task.carry_state=false"),
+            (self.strands is not None, "reads no other strand: set model.backbone.rc=none"),
+            (bool(self.sources), "shares no memory between blocks: take backbone.reads out"),
+            (self.checkpointing == "tiled", "runs no tiles: set model.backbone.checkpointing=block"),
+            (not all(block.feeds_each_alone for block in self._blocks()), "lets no expert compare positions: set "
+             "choice=token"),
+        ):  # fmt: skip
+            if given:
+                raise ConfigError(f"sequence parallelism {what}")
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> BackboneState:
         """The state before the first token of ``rows`` rows.

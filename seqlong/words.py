@@ -66,6 +66,8 @@ PEERS: dict[str, dict[str, Peers]] = {
         "KDA": Peers(
             "KimiDeltaAttention", "", "KimiLinearDeltaAttention", "KimiDeltaAttention", "Kimi delta attention"
         ),
+        "LatentAttention": Peers("MultiheadLatentAttention", "", "DeepseekV2Attention, DeepseekV3Attention",
+            "MLASelfAttention", "MLA, multi-head latent attention, DeepSeek, Kimi"),
         "LightningAttention": Peers(
             "chunk_lightning_attn", "", "MiniMaxLightningAttention", "lightning_attention (Linear-MoE)",
             "TransNormerLLM, TNL, MiniMax-01, Ring-linear",

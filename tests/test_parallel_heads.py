@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
 
+import oracle
 import pytest
 import torch
 from torch import Tensor
@@ -62,9 +62,7 @@ def test_it_is_its_formula(combine: str, norm: bool) -> None:
 
 def test_it_is_falcon_h1s_block() -> None:
     """A sum without norms, the multipliers as scales: hidden states of transformers' model with copied weights."""
-    for kernel_package in ("fla", "mamba_ssm", "causal_conv1d"):  # it would bind their GPU kernels when imported
-        sys.modules.setdefault(kernel_package, None)  # type: ignore[arg-type]
-    transformers = pytest.importorskip("transformers", reason="install the extra 'oracles' to compare")
+    transformers = oracle.library()
     config = transformers.FalconH1Config(
         vocab_size=16, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=12,
@@ -72,37 +70,37 @@ def test_it_is_falcon_h1s_block() -> None:
         ssm_out_multiplier=0.7, attention_out_multiplier=1.3, max_position_embeddings=512,
     )  # fmt: skip
     torch.manual_seed(3)
-    oracle = transformers.FalconH1Model(config).eval()
+    theirs = transformers.FalconH1Model(config).eval()
     with torch.no_grad():
-        for parameter in oracle.parameters():
+        for parameter in theirs.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     mamba = partial(Mamba2, d_state=12, head_dim=8, groups=2)
     attention = partial(ATTENTION, rope_base=config.rope_parameters["rope_theta"])
     mixer = partial(Parallel, mixers={"ssm": mamba, "attention": attention}, combine="sum", norm=False)
     ffn = partial(SwiGLU, d_hidden=48)
     ours = Backbone(BackboneConfig(vocab_size=16, d_model=32, pattern="p", layers=2, mixers={"p": mixer}, ffn=ffn))
-    theirs = oracle.state_dict()
-    weights = {"embedding.weight": theirs["embed_tokens.weight"], "norm.weight": theirs["final_layernorm.weight"]}
+    given = theirs.state_dict()
+    weights = {"embedding.weight": given["embed_tokens.weight"], "norm.weight": given["final_layernorm.weight"]}
     for number in range(2):
         old, new = f"layers.{number}", f"blocks.{number}"
         branches = f"{new}.mixer.branches"
-        for name in [name for name in theirs if name.startswith(f"{old}.mamba.")]:
+        for name in [name for name in given if name.startswith(f"{old}.mamba.")]:
             if not name.endswith("mup_vector"):
-                weights[name.replace(f"{old}.mamba", f"{branches}.ssm")] = theirs[name]
-        qkv = [theirs[f"{old}.self_attn.{x}_proj.weight"] for x in "qkv"]
+                weights[name.replace(f"{old}.mamba", f"{branches}.ssm")] = given[name]
+        qkv = [given[f"{old}.self_attn.{x}_proj.weight"] for x in "qkv"]
         weights[f"{branches}.attention.qkv_proj.weight"] = torch.cat(qkv)
-        weights[f"{branches}.attention.out_proj.weight"] = theirs[f"{old}.self_attn.o_proj.weight"]
+        weights[f"{branches}.attention.out_proj.weight"] = given[f"{old}.self_attn.o_proj.weight"]
         weights[f"{new}.mixer.scales.ssm"] = torch.full((32,), config.ssm_out_multiplier)
         weights[f"{new}.mixer.scales.attention"] = torch.full((32,), config.attention_out_multiplier)
-        gate_up = [theirs[f"{old}.feed_forward.{x}_proj.weight"] for x in ("gate", "up")]
+        gate_up = [given[f"{old}.feed_forward.{x}_proj.weight"] for x in ("gate", "up")]
         weights[f"{new}.ffn.gate_up_proj.weight"] = torch.cat(gate_up)
-        weights[f"{new}.ffn.down_proj.weight"] = theirs[f"{old}.feed_forward.down_proj.weight"]
-        weights[f"{new}.mixer_norm.weight"] = theirs[f"{old}.input_layernorm.weight"]
-        weights[f"{new}.ffn_norm.weight"] = theirs[f"{old}.pre_ff_layernorm.weight"]
+        weights[f"{new}.ffn.down_proj.weight"] = given[f"{old}.feed_forward.down_proj.weight"]
+        weights[f"{new}.mixer_norm.weight"] = given[f"{old}.input_layernorm.weight"]
+        weights[f"{new}.ffn_norm.weight"] = given[f"{old}.pre_ff_layernorm.weight"]
     ours.load_state_dict(weights, strict=True)
     for length in (3, 77, 300):
         tokens = torch.randint(0, 16, (2, length))
-        expected = oracle(tokens).last_hidden_state
+        expected = theirs(tokens).last_hidden_state
         assert expected.std() > 0.1
         torch.testing.assert_close(ours(SequenceBatch(tokens=tokens)).hidden, expected, rtol=1e-4, atol=1e-4)
 

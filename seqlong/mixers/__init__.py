@@ -10,6 +10,7 @@ from seqlong.mixers.feature_maps import Based, Hedgehog
 from seqlong.mixers.gla import GLA, SimpleGLA
 from seqlong.mixers.gmu import GatedMemoryUnit
 from seqlong.mixers.hgrn2 import HGRN2
+from seqlong.mixers.latent_attention import LatentAttention
 from seqlong.mixers.linear_attention import CosFormer2, LightningAttention, LinearAttention, RetNet
 from seqlong.mixers.log_linear import LogLinearGatedDeltaNet, LogLinearMamba2
 from seqlong.mixers.mamba2 import Mamba2
@@ -45,6 +46,7 @@ __all__ = [
     "GatedDeltaNet",
     "GatedMemoryUnit",
     "Hedgehog",
+    "LatentAttention",
     "LightningAttention",
     "LinearAttention",
     "LogLinearGatedDeltaNet",
