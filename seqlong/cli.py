@@ -33,7 +33,7 @@ VERBS = {
     "track": ("how likely every base is, as a bigWig", "seqlong track ref.fa --ckpt last --output ref.bw"),
     "generate": ("draw sequences", "seqlong generate --ckpt last --prompt ATGAAACGC --length 1000 --temperature 0.9"),
     "attribute": ("which bases matter, as a logo", "seqlong attribute chr7:1000-1100 ref.fa --ckpt last"),
-    "reach": ("how much of its context a model uses", "seqlong reach ref.fa --ckpt last --contexts 256,4k,64k"),
+    "reach": ("how much of its context a model uses", "seqlong reach ref.fa --ckpt last --contexts 256,4096,65536"),
     "seen": ("what of a region was trained on", "seqlong seen chr7:1-2000 ref.fa --ckpt last"),
     "check-rc": ("compare a model on both strands", "seqlong check-rc --ckpt last"),
     "tokenizer": ("train a tokenizer on your own text", "seqlong tokenizer train books/ --size 8192"),

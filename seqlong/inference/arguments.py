@@ -81,17 +81,15 @@ def require_bases(model: Model, why: str) -> None:
 
 
 def integer(text: str) -> int:
-    """A positive whole number; underscores are for the eye, k and M are thousands and millions."""
+    """A whole number above 0; commas and underscores between its digits are for the eye."""
     plain = text.replace(",", "").replace("_", "").strip()
-    factor = {"k": 1000, "K": 1000, "M": 1_000_000}.get(plain[-1:], 1)
-    plain = plain[:-1] if factor > 1 else plain
-    if not plain.isdigit() or int(plain) < 1:
+    if not plain.isdecimal() or int(plain) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
-    return int(plain) * factor
+    return int(plain)
 
 
 def integers(text: str) -> list[int]:
-    """Several, with commas between them."""
+    """Several, with commas between them; their digits have none."""
     return [integer(part) for part in text.split(",") if part.strip()]
 
 

@@ -43,8 +43,9 @@ class Contigs:
     """Finds the contigs that another file names.
 
     A name is looked up as it is, then under its other names: with and without ``chr``, as the mitochondrion, as a
-    RefSeq accession of human or mouse. A contig called ``NAME:START-STOP`` (from 1, both counted) and of that length is
-    this part of NAME, as ``samtools faidx`` writes it.
+    RefSeq accession of human or mouse, with and without its version, and as a part of ``gi|...|ref|NC_001416.1|``. A
+    contig called ``NAME:START-STOP`` (from 1, both counted) and of that length is this part of NAME, as
+    ``samtools faidx`` writes it.
 
     Attributes:
         genome: where to look.
@@ -60,6 +61,10 @@ class Contigs:
         self._regions: dict[str, list[tuple[Place, int]]] = {}
         for number, contig in enumerate(self.genome.contigs):
             self._names.setdefault(contig.name, Place(number))
+        for number, contig in enumerate(self.genome.contigs):
+            for part in contig.name.split("|")[1:]:  # gi|9626243|ref|NC_001416.1|, as NCBI wrote it
+                if len(part) > 3 and not part.isdigit():
+                    self._names.setdefault(part, Place(number))
             match = _REGION.fullmatch(contig.name)
             if match:
                 start, stop = (int(text.replace(",", "")) for text in match.group(2, 3))

@@ -33,7 +33,7 @@ only). Written as FASTA; each header tells the settings, and the bits a base tha
 Sequence n of a seed is the same however many are drawn."""
 EXAMPLES = """examples:
   seqlong generate --ckpt last --prompt ATGAAACGC --length 1000
-  seqlong generate --ckpt last --prompt-file start.fa --length 1M --count 4 --top-p 0.95 --seed 7 --output g.fa"""
+  seqlong generate --ckpt last --prompt-file start.fa --length 1000000 --count 4 --top-p 0.95 --seed 7 --output g.fa"""
 _BLOCK = 4096
 _BASES = b"ACGT"
 

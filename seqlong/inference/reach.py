@@ -32,7 +32,7 @@ are between the same stretches, so that small ones show.
 Stretches are of the held-out regions if the reference is what the model was trained on, else of all of it."""
 EXAMPLES = """examples:
   seqlong reach ref.fa --ckpt last
-  seqlong reach ref.fa --ckpt last --contexts 256,4k,64k,1M --samples 64 --output reach.png --json reach.json"""
+  seqlong reach ref.fa --ckpt last --contexts 256,4096,65536 --samples 64 --output reach.png --json reach.json"""
 
 
 @dataclass

@@ -22,8 +22,8 @@ log = logging.getLogger("seqlong")
 HELP = """Says which bases of a region a model was trained, validated or tested on, by the data card in its checkpoint.
 
 The card has the refget digest of every sequence of training (GA4GH, of the bases alone), so that a contig is known
-under any name and in any file. A contig whose digest the card does not have may still share sequence with one that it has:
-another assembly, a cut-out region, a relative. Then this says "unknown", never "no".
+under any name and in any file. A contig whose digest the card does not have may still share sequence with one that it
+has: another assembly, a cut-out region, a relative. Then this says "unknown", never "no".
 
 Exit status: 0 none of it was trained on, 1 some was, 3 unknown."""
 EXAMPLES = """examples:
