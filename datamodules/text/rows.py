@@ -19,7 +19,8 @@ Order = Literal["shuffle", "stream"]
 
 # Streams of random numbers: each kind of decision hashes its own number beside the counters.
 _DOCUMENTS, _PHASE, _PERMUTATION, _PACKING = range(4)
-_KEPT = 2  # epochs whose order of documents is remembered
+_KEPT = 2  # epochs whose order is remembered
+_TABLE = 1 << 22  # windows, up to which the order of an epoch is kept as a table
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,19 @@ class Layout(ABC):
 
     count: int
 
+    def __init__(self) -> None:
+        self._shuffles: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
+
+    def shuffled(self, epoch: int, place: int, *key: int) -> int:
+        """The window at a place of an epoch's order."""
+        if self.count > _TABLE:
+            return int(permute(place, self.count, *key, _PERMUTATION, epoch)[0])
+        if epoch not in self._shuffles:  # a table is a hundred times as fast
+            self._shuffles[epoch] = permute(np.arange(self.count), self.count, *key, _PERMUTATION, epoch)
+            while len(self._shuffles) > _KEPT:
+                self._shuffles.popitem(last=False)
+        return int(self._shuffles[epoch][place])
+
     @abstractmethod
     def pieces(self, epoch: int, window: int, row: int) -> list[Piece]:
         """What fills a window of an epoch, as row ``row`` of a batch."""
@@ -90,6 +104,7 @@ class CutLayout(Layout):
     """
 
     def __init__(self, spans: Spans, length: int, *key: int) -> None:
+        super().__init__()
         self.spans, self.length, self._key = spans, length, key
         self._sizes = spans.lengths
         self.total = int(self._sizes.sum())
@@ -138,6 +153,7 @@ class SingleLayout(Layout):
     """One document in a row: long ones in several windows, cut elsewhere in each epoch; short ones padded."""
 
     def __init__(self, spans: Spans, length: int, *key: int) -> None:
+        super().__init__()
         self.spans, self.length, self._key = spans, length, key
         self._counts = -(-spans.lengths // length)
         # The first window of a document may be shorter by as much as its last is, and the number stays the same.
@@ -180,6 +196,7 @@ class FitLayout(Layout):
     """
 
     def __init__(self, spans: Spans, length: int, *key: int) -> None:
+        super().__init__()
         sizes = spans.lengths
         self.spans, self.length = spans, length
         counts = sizes // length
@@ -232,14 +249,10 @@ class Rows:
 
 def shuffled(layout: Layout, numbers: NDArray[np.int64], places: Sequence[int], *key: int) -> list[Piece]:
     """Windows ``numbers`` of the endless training order, each epoch permuted, as rows ``places`` of a batch."""
-    epochs, within = numbers // layout.count, numbers % layout.count
-    window = np.empty_like(within)
-    for epoch in np.unique(epochs).tolist():
-        here = epochs == epoch
-        window[here] = permute(within[here], layout.count, *key, _PERMUTATION, epoch)
     found: list[Piece] = []
-    for row, epoch, one in zip(places, epochs.tolist(), window.tolist(), strict=True):
-        found += layout.pieces(epoch, one, row)
+    for row, number in zip(places, numbers.tolist(), strict=True):
+        epoch, within = divmod(number, layout.count)
+        found += layout.pieces(epoch, layout.shuffled(epoch, within, *key), row)
     return found
 
 

@@ -173,7 +173,7 @@ class _Table:
                 self.dropped.add(len(self.rows))
             elif isinstance(event, bytes):
                 blank = _SPACE[np.frombuffer(event, dtype=np.uint8)]
-                words += int((blank[:-1] & ~blank[1:]).sum()) + int(space and not blank[0])
+                words += int(np.count_nonzero(blank[:-1] > blank[1:])) + int(space and not blank[0])
                 space = bool(blank[-1])
                 size += len(event)
                 digest.update(event)
@@ -211,13 +211,11 @@ class _Table:
 def _build(files: Sequence[Path], stem: Path, vocabulary: Vocabulary, reading: Reading) -> None:
     table = _Table(files, reading, vocabulary)
     counts: list[NDArray[np.int64]] = []
-    sha = hashlib.blake2b(digest_size=16)
     total = 0
     with _progress_bar(files, vocabulary) as progress, atomic_write(stem.with_suffix(".tokens")) as target:
         # What is dropped, in its middle perhaps, stays in the file; no row of the table points at it.
         for tokens, owners in _tokenised(table, vocabulary, progress):
             target.write(tokens.data)
-            sha.update(tokens.data)
             counts.append(owners)
             total += len(tokens)
     rows = np.array(table.rows, dtype=np.int64).reshape(-1, COLUMNS - 2)
@@ -228,7 +226,8 @@ def _build(files: Sequence[Path], stem: Path, vocabulary: Vocabulary, reading: R
     kept = lengths > 0
     kept[list(table.dropped)] = False
     documents = np.concatenate([starts[:, None], lengths[:, None], rows], axis=1)[kept]
-    sha.update(documents[:, :FILE].tobytes())
+    # Lengths and digests of the texts, not where in which file they are: a copy elsewhere has the same digest.
+    digest = hashlib.blake2b(documents[:, [LENGTH, BYTES, DIGEST]].tobytes(), digest_size=16).hexdigest()
     with atomic_write(stem.with_suffix(".npy")) as file:
         np.save(file, documents)
     tally = table.tally
@@ -237,7 +236,7 @@ def _build(files: Sequence[Path], stem: Path, vocabulary: Vocabulary, reading: R
         "dtype": vocabulary.dtype.name,
         "tokens": total,
         "documents": len(documents),
-        "digest": sha.hexdigest(),
+        "digest": digest,
         "notes": notes,
     }
     with atomic_write(stem.with_suffix(".json")) as file:
