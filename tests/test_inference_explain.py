@@ -196,7 +196,8 @@ def test_the_commands(tmp_path: Path, genome: Genome, monkeypatch: pytest.Monkey
     assert len(Path("i.tsv").read_text().splitlines()) == 14
     assert json.loads(Path("r.json").read_text())["contexts"] == [16, 32]
     assert json.loads(Path("c.json").read_text())["variants"] < 1e-9
-    assert main(["seen", "chr1", "ref.fa", *ckpt]) == 1
+    assert main(["seen", "chr1", "ref.fa", *ckpt]) == 0
+    assert "some of it was trained on" in capsys.readouterr().out
     (tmp_path / "new.fa").write_text(">x\nACGTAC\n")
     assert main(["seen", "x", "new.fa", *ckpt]) == 3
     assert "unknown: 'x'" in capsys.readouterr().out

@@ -55,6 +55,8 @@ def command(words: Sequence[str]) -> int:
     genome = Genome.open(given.sequences)
     place = parse(given.region, genome)
     strand = Strand(genome, place.contig)
+    if given.method == "gradient" and getattr(model.backbone, "strands", None) is not None:
+        raise ConfigError("gradients are of one strand, but this model reads both at once; use --method ism")
     if given.method == "gradient" and place.length > window.length:
         raise ConfigError(
             f"the region has {place.length:,} bases, the window {window.length:,}; give a --window as long"

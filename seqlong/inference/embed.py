@@ -77,7 +77,7 @@ def check_output(output: Path) -> None:
 
 def embed(model: Model, plan: Plan, output: Path) -> None:
     """Embed what ``plan`` reads, and write it; see ``HELP``."""
-    width = model.backbone.embedding.embedding_dim
+    width = model.width
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.partial")
     compute = partial(embeddings, every=plan.every)

@@ -59,7 +59,13 @@ class Model:
     @property
     def causal(self) -> bool:
         """Whether no position sees a later one, so that a row may be run in parts."""
-        return all(block.causal for block in self.backbone._blocks())
+        both = getattr(self.backbone, "strands", None) is not None  # an equivariant backbone reads the other strand too
+        return not both and all(block.causal for block in self.backbone._blocks())
+
+    @property
+    def width(self) -> int:
+        """Numbers of a hidden state."""
+        return int(self.hidden(torch.zeros(1, 1, dtype=torch.int64))[0].shape[-1])
 
     @property
     def bounded(self) -> bool:
