@@ -207,7 +207,7 @@ def measure(name: str, backbone: Any, values: Mapping[str, Any], tied: bool, len
         tied: whether the head's weight is the embedding's.
         length: tokens a row.
     """
-    from seqlong.cost import Cost, feed_forward_cost, head_term, mixer_cost
+    from seqlong.cost import Cost, feed_forward_cost, head_term, mixer_cost, products
 
     strands = 1 if backbone.strands is None else 2
 
@@ -238,6 +238,10 @@ def measure(name: str, backbone: Any, values: Mapping[str, Any], tied: bool, len
     norms = [norm for block in backbone.blocks for norm in (block.mixer_norm, block.ffn_norm) if norm is not None]
     parts.append(part("norm", [*norms, backbone.norm], Cost(())))
     parts.append(part("embedding", [backbone.embedding], Cost(()), settings={"vocab_size": vocab_size}))
+    if backbone.patch_embedding is not None:
+        label, settings = _named(values["patches"])
+        terms = Cost(tuple(products(backbone.patch_embedding)))
+        parts.append(part(label, [backbone.patch_embedding], terms, settings=settings))
     own = 0 if tied else vocab_size * width
     head = _of_strands(head_term(width, vocab_size), strands)
     parts.append(Part("head", 1, own, own, settings={"tied": tied}, terms=[head]))

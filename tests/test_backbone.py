@@ -35,7 +35,7 @@ SIZES = {
     "linear_moe_2b": 2.32e9, "linear_moe_7b": 7.02e9, "minimax_01": 454.9e9, "gdn_h1": 1.32e9, "gdn_h2": 1.35e9,
     "kimi_linear": 48.8e9, "samba_421m": 0.42e9, "ring_mini_linear": 16.1e9,
     "griffin": 2.68e9, "bamba_9b": 9.25e9, "hunyuan_turbos": 558e9, "hydra": 1.61e9,
-    "sambay_3_8b": 3.85e9,
+    "sambay_3_8b": 3.85e9, "video_small": 0.163e6,
 }  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def build(node: Any) -> Any:
 def test_presets_have_the_size_of_their_name(name: str) -> None:
     settings = yaml.safe_load(PRESETS[name].read_text())["backbone"]
     settings["mixers"] = {letter: build(mixer) for letter, mixer in settings["mixers"].items()}
-    settings.update({key: build(settings[key]) for key in ("ffn", "ffns") if key in settings})
+    settings.update({key: build(settings[key]) for key in ("ffn", "ffns", "patches") if key in settings})
     with torch.device("meta"):
         backbone = Backbone(BackboneConfig(**settings))
     size = sum(parameter.numel() for parameter in backbone.parameters())
