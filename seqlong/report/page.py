@@ -111,7 +111,13 @@ def _facts(record: RunRecord) -> Html | None:
     if tokens:
         training = sum(stop - start for part, _, start, stop in sections.split_intervals(record.data.get("split"))
                        if part.lower().startswith("train"))  # fmt: skip
-        facts.append(("Bases seen", text.count(tokens), f"{tokens / training:.2g} training passes" if training else ""))
+        facts.append(
+            (
+                f"{words.unit(record).capitalize()}s seen",
+                text.count(tokens),
+                f"{tokens / training:.2g} training passes" if training else "",
+            )
+        )
     lengths = words.stages(record)
     if lengths:
         small = f"grown from {lengths[0][1]:,}" if len(lengths) > 1 else ""
@@ -124,7 +130,7 @@ def _facts(record: RunRecord) -> Html | None:
     speed = record.series("throughput/tokens_per_s")
     finite = sorted(value for value in speed.value if value == value)
     if finite:
-        facts.append(("Throughput", f"{text.count(finite[len(finite) // 2])}/s", "bases, median"))
+        facts.append(("Throughput", f"{text.count(finite[len(finite) // 2])}/s", f"{words.unit(record)}s, median"))
     peak = max((value for value in record.series("memory/peak_gib").value if value == value), default=None)
     if peak is not None:
         facts.append(("Peak memory", text.gibibytes(peak), ""))

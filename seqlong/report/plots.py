@@ -66,7 +66,12 @@ class Floor:
 
 
 def loss_chart(
-    train: Series, validation: Series, test: Series, floors: list[Floor], stages: list[tuple[int, int]]
+    train: Series,
+    validation: Series,
+    test: Series,
+    floors: list[Floor],
+    stages: list[tuple[int, int]],
+    unit: str = "base",
 ) -> Html | None:
     """Loss in bits over the optimizer steps, beside the floors; None when nothing was logged.
 
@@ -76,6 +81,7 @@ def loss_chart(
         test: bits of the test set; the last is drawn as a square.
         floors: lines to beat.
         stages: ``(first step, length in positions)`` of each length stage; drawn if there are several.
+        unit: what bits are counted by.
     """
     if not len(train) and not len(validation) and not len(test):
         return None
@@ -115,7 +121,7 @@ def loss_chart(
                 axes.axvline(start, color=_COLOURS["muted"], linewidth=0.6, linestyle=(0, (1, 2)))
                 axes.text(start, 1.01, f" {length:,}", transform=axes.get_xaxis_transform(), fontsize=7.5,
                           color=_COLOURS["muted"], va="bottom")  # fmt: skip
-        axes.set_ylabel("bits per base")
+        axes.set_ylabel(f"bits per {unit}")
         _end_labels(axes, labels)
         return _svg(figure, "Loss in bits over the training steps")
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seqlong.report import text, words
+from seqlong.report import documents, text, words
 from seqlong.report.plots import line_chart, loss_chart
 from seqlong.report.record import RunRecord, unix_seconds
 from seqlong.report.text import Html, div, tag
@@ -31,16 +31,21 @@ def loss_section(record: RunRecord) -> Html:
     """The loss curve with its floors."""
     train = record.series("train/bits")
     lengths = words.stages(record)
-    chart = loss_chart(train, record.series("val/bits"), record.series("test/bits"), words.floors(record), lengths)
+    unit = words.unit(record)
+    bits = (record.series("val/bits"), record.series("test/bits"))
+    chart = loss_chart(train, *bits, words.floors(record), lengths, unit)
     if chart is None:
         return section("loss", "Loss", "No loss was logged: the run ended before its first logged step.")
-    note = "Bits per base, lower is better. "
+    note = f"Bits per {unit}, lower is better. "
     if len(train) > 30:
         note += "Faint: each logged training step; line: its running mean; the first steps may lie above the frame. "
     if len(record.series("val/bits")):
         note += "Dots: validation, the best ringed. "
     if words.floors(record):
-        note += "Dashed: the floors, models that know only the composition or short words of the same sequence. "
+        pressed = any(floor.label in ("bz2", "xz") for floor in words.floors(record))
+        text_floors = "counting pairs of bytes, and what compressors make of the text"
+        sequence_floors = "models that know only the composition or short words of the same sequence"
+        note += f"Dashed: the floors, {text_floors if pressed else sequence_floors}. "
     if len(lengths) > 1:
         note += "Dotted: where the windows grow; the figure above is their length in positions."
     return section("loss", "Loss", note.strip(), div("chart", chart))
@@ -63,7 +68,7 @@ def training_section(record: RunRecord) -> Html | None:
         ),
         (
             "Throughput",
-            "bases per second",
+            f"{words.unit(record)}s per second",
             line_chart("Throughput", record.series("throughput/tokens_per_s"), smooth=True),
         ),
         ("Peak memory", "GiB", line_chart("Peak memory", record.series("memory/peak_gib"))),
@@ -144,7 +149,9 @@ def data_section(record: RunRecord) -> Html | None:
         return None
     children: list[object] = []
     sources = _records(record.data.get("sources"))
-    if sources:
+    if documents.are_documents(sources):
+        children.append(div("scroll", documents.source_table(sources, _table)))
+    elif sources:
         heads = ["Source", "Contigs", "Bases", "Unknown", "Soft-masked", "Digest"]
         rows = [
             [
@@ -163,6 +170,8 @@ def data_section(record: RunRecord) -> Html | None:
         children.append(_split_table(intervals))
         children.append(tag("p", _split_how(record.data["split"]), attributes={"class": "note"}))
         children.append(_contig_bars(intervals, _contig_lengths(record.data)))
+    elif tables := documents.split_tables(record.data.get("split"), _table):
+        children += tables
     elif record.data.get("split"):
         children.append(_folded("Split", json.dumps(record.data["split"], indent=2, ensure_ascii=False)))
     stages = _records(record.data.get("stages"))

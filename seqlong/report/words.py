@@ -49,6 +49,14 @@ def blocks(record: RunRecord) -> list[dict[str, Any]]:
     return [block for block in given if isinstance(block, dict)] if isinstance(given, list) else []
 
 
+def unit(record: RunRecord) -> str:
+    """What bits are counted by: ``base``, unless data.json says otherwise."""
+    said = record.data.get("unit")
+    if isinstance(said, str):
+        return said
+    return "token" if "generator" in record.data else "base"
+
+
 def lead(record: RunRecord) -> str:
     """One sentence: what was trained, on what, for how long."""
     what = model_phrase(record)
@@ -64,7 +72,7 @@ def lead(record: RunRecord) -> str:
             return ended
         return f"{what[0].upper()}{what[1:]}{f' on {title}' if title else ''}. {ended}"
     tokens = record.series("train/tokens").last
-    seen = f" ({text.words_count(tokens)} bases)" if tokens else ""
+    seen = f" ({text.words_count(tokens)} {unit(record)}s)" if tokens else ""
     return f"{what[0].upper()}{what[1:]}{on} for {text.plural(steps, 'step')}{seen}."
 
 
@@ -97,21 +105,26 @@ def verdict(record: RunRecord) -> Html | None:
     if best is None:
         return None
     step, value = best
-    items = [tag("li", distance(value, floor)) for floor in floors(record)]
+    items = [tag("li", distance(value, floor, unit(record))) for floor in floors(record)]
     if not items:
         items = [tag("li", "No floors were saved, so there is nothing to hold this figure against.")]
     if passed := order_passed(record, value):
         items.append(tag("li", passed))
     test = record.series("test/bits").last
     if measured == "validation" and test is not None:
-        items.append(tag("li", "On the test set: ", tag("b", text.bits(test)), " bits per base."))
+        items.append(tag("li", "On the test set: ", tag("b", text.bits(test)), f" bits per {unit(record)}."))
+    per_byte, perplexity = record.series("val/bits_per_byte").best(), record.series("val/word_perplexity").best()
+    if per_byte is not None and unit(record) != "byte":
+        items.append(tag("li", "That is ", tag("b", text.bits(per_byte[1])), " bits per byte."))
+    if perplexity is not None and perplexity[1] < 1e6:
+        items.append(tag("li", f"Best word perplexity: {perplexity[1]:,.1f}."))
     accuracy = record.series("val/accuracy").last
     if accuracy is not None:
         items.append(tag("li", f"Validation accuracy at the end: {100 * accuracy:.1f} %."))
     figure = text.div(
         "",
         text.div("figure", text.bits(value)),
-        text.div("unit", f"bits per base, best {measured}", f", at step {step:,}" if step else ""),
+        text.div("unit", f"bits per {unit(record)}, best {measured}", f", at step {step:,}" if step else ""),
     )
     return text.div("verdict", figure, tag("ul", *items))
 
@@ -128,7 +141,7 @@ def order_passed(record: RunRecord, value: float) -> str:
     return f"Among Markov models it has passed order {max(passed)} ({text.bits(by_order[max(passed)])})."
 
 
-def distance(value: float, floor: Floor) -> Html:
+def distance(value: float, floor: Floor, unit: str = "base") -> Html:
     """How ``value`` stands to a floor, and what that means."""
     gap = floor.bits - value
     markov = floor.label.startswith("Markov")
@@ -142,7 +155,7 @@ def distance(value: float, floor: Floor) -> Html:
     if markov:
         meaning = ": more than short words explain." if gap > 0 else ": counting short words does better so far."
     elif _uniform(floor):
-        meaning = ", where every base is a guess." if gap > 0 else ": worse than guessing every base."
+        meaning = f", where every {unit} is a guess." if gap > 0 else f": worse than guessing every {unit}."
     else:
         meaning = "."
     return Html(text.span(side, amount) + text.escape(where + meaning))
