@@ -5,28 +5,19 @@ from __future__ import annotations
 import bz2
 import json
 import math
-import re
 import tarfile
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 
 import numpy as np
 import pytest
 import torch
+from text_cases import prose, trained
 
 from seqlong.batch import SequenceBatch
 from seqlong.datamodules.sampler import Stage
 from seqlong.datamodules.text import AutoSplit, DocumentSplit, FileSplit, PositionSplit, Source, TextData
-from seqlong.datamodules.text.vocabulary import BOS, EOS, ByteVocabulary, TokenizerVocabulary, load_vocabulary, pieces
+from seqlong.datamodules.text.vocabulary import BOS, EOS
 from seqlong.errors import ConfigError, DataError
-
-WORDS = re.findall(r"\w+", "the whale sea ship harpoon captain white and of a in to it was he his that upon with not")
-
-
-def prose(size: int, seed: int) -> str:
-    """About ``size`` characters of words."""
-    generator = np.random.default_rng(seed)
-    text = " ".join(generator.choice(WORDS, size // 3))
-    return text[:size] + "\n"
 
 
 @pytest.fixture
@@ -51,12 +42,7 @@ def make(tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> str:
-    """A small BPE, trained by the command."""
-    from seqlong.tokenizer import train
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "a.txt").write_text(prose(20_000, 9))
-    return str(train([str(folder / "a.txt")], 290, folder / "tokenizer.json"))
+    return trained(tmp_path_factory.mktemp("tokenizer"))
 
 
 def take(data: TextData, count: int) -> list[SequenceBatch]:
@@ -343,57 +329,7 @@ def test_floors_are_those_of_the_tools(make, tokenizer):
         assert floor["bits"] == pytest.approx(floors[floor["name"]] * size["bytes"] / size["tokens"])
 
 
-# Tokenizers
-
-
-def test_bytes_come_back():
-    vocabulary = ByteVocabulary()
-    text = "caf\u00e9 \u4e16\n"
-    assert vocabulary.decode([BOS, *vocabulary.encode(text), EOS]) == text
-    assert vocabulary.size == 260 and max(vocabulary.encode("\u00ff")) < 260
-    with pytest.raises(DataError, match="found id 260"):
-        vocabulary.decode([260])
-
-
-def test_a_trained_tokenizer_writes_any_text(tokenizer):
-    vocabulary = load_vocabulary(tokenizer)
-    assert isinstance(vocabulary, TokenizerVocabulary) and vocabulary.cuts_freely
-    assert (vocabulary.size, vocabulary.pad, vocabulary.mask, vocabulary.bos, vocabulary.eos) == (290, 0, 1, 2, 3)
-    for text in (prose(500, 3), "caf\u00e9 \u4e16\U0001f40b\t  <eos> \x00\x7f", " lead", "trail  \n\n"):
-        ids = vocabulary.encode(text)
-        assert vocabulary.decode(ids) == text and EOS not in ids
-        assert vocabulary.byte_lengths()[ids].sum() == len(text.encode())
-
-
-def test_long_documents_are_tokenised_in_pieces_as_if_whole(tokenizer, monkeypatch):
-    from seqlong.datamodules.text import vocabulary as module
-
-    monkeypatch.setattr(module, "PIECE", 64)
-    monkeypatch.setattr(module, "BATCH", 300)
-    vocabulary = load_vocabulary(tokenizer)
-    texts = [prose(2000, 3) + "\n\n  x  \n" + prose(500, 4), "", prose(50, 5), "y" * 40]
-    cut = []
-    for number, text in enumerate(texts):
-        data = text.encode()
-        edges = [0, *range(17, len(data), 101), len(data)]
-        cut += [(number, data[low:high]) for low, high in pairwise(edges)]
-    found: dict[int, list[int]] = {}
-    for tokens, owners in vocabulary.write(cut):
-        place = 0
-        for number, count in owners.tolist():
-            found.setdefault(number, []).extend(tokens[place : place + count].tolist())
-            place += count
-        assert place == len(tokens)
-    assert {number: vocabulary.encode(text) for number, text in enumerate(texts) if text} == found
-    assert "".join(pieces(texts[0], 10)) == texts[0]
-
-
-def test_a_text_without_spaces_cannot_fill_the_memory(tokenizer, monkeypatch):
-    from seqlong.datamodules.text import vocabulary as module
-
-    monkeypatch.setattr(module, "PIECE", 64)
-    longest = max(len(text) for _, text in module._texts(((0, b"x" * 100_000) for _ in range(12)), 64))
-    assert longest < 1 << 20
+# With a tokenizer
 
 
 def test_tokens_fill_rows_and_metrics_are_per_byte(make, tokenizer):
@@ -406,26 +342,6 @@ def test_tokens_fill_rows_and_metrics_are_per_byte(make, tokenizer):
     said = data.describe()
     assert said["unit"] == "token" and said["vocabulary"]["size"] == 290
     json.dumps(said)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [("none.json", None, r"there is no such tokenizer"), ("a.json", "{}", r"cannot be read as a tokenizer\.json")],
-)
-def test_what_is_no_tokenizer(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=message):
-        load_vocabulary(str(tmp_path / name))
-
-
-def test_special_tokens_by_name(tokenizer):
-    assert TokenizerVocabulary(tokenizer, bos="", eos="<mask>").bos is None
-    assert TokenizerVocabulary(tokenizer, bos="", eos="<mask>").digest != TokenizerVocabulary(tokenizer).digest
-    with pytest.raises(ConfigError, match=r"data\.eos: .* has no token '<eoss>'; did you mean '<eos>'"):
-        TokenizerVocabulary(tokenizer, eos="<eoss>")
-    with pytest.raises(ConfigError, match=r"with bytes leave them null"):
-        load_vocabulary("bytes", bos="x")
 
 
 # In tars

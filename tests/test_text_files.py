@@ -140,6 +140,15 @@ def test_words_are_those_between_white_space(tmp_path, monkeypatch, chunk):
     assert corpus.words.tolist() == [len(text.split())]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_no_piece_ends_inside_a_letter(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(documents_module, "CHUNK", 7)
+    text = "caf\u00e9 \u4e16\u754c \U0001f40b" * 20
+    (tmp_path / name).write_bytes(jsonl([text]) if name == "a.jsonl" else text.encode())
+    events = [event for event in read_documents(tmp_path / name, Reading(), Tally()) if isinstance(event, bytes)]
+    assert len(events) > 20 and "".join(event.decode() for event in events) == text
+
+
 # What is wrong
 
 

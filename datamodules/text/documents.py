@@ -202,7 +202,7 @@ def _row_text(path: Path, line: int, row: bytes, reading: Reading, tally: Tally)
             value, replaced = json.loads(row.decode("utf-8", "replace")), True
         text = _member(path, line, value, reading.field)
         try:
-            data = text.encode()
+            text.encode()
         except UnicodeEncodeError as error:  # half of a pair of surrogates, which JSON can spell
             if reading.unreadable != "replace":
                 raise DataError(
@@ -213,7 +213,7 @@ def _row_text(path: Path, line: int, row: bytes, reading: Reading, tally: Tally)
                         "data.unreadable to skip or replace",
                     )
                 ) from error
-            data, replaced = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode(), True
+            text, replaced = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True
     except json.JSONDecodeError as error:
         if reading.unreadable != "skip":
             raise DataError(
@@ -229,8 +229,8 @@ def _row_text(path: Path, line: int, row: bytes, reading: Reading, tally: Tally)
     if replaced:
         tally.add("not UTF-8, bytes replaced by U+FFFD", path, line)
     yield Start(line)
-    for start in range(0, len(data), CHUNK):
-        yield data[start : start + CHUNK]
+    for start in range(0, len(text), CHUNK):  # not of bytes, so that no letter is cut in two
+        yield text[start : start + CHUNK].encode()
 
 
 def _member(path: Path, line: int, value: Any, name: str) -> str:

@@ -287,8 +287,9 @@ def _texts(documents: Iterable[tuple[int, bytes]], size: int) -> Iterator[tuple[
         if len(held) > 2 * size:
             *whole, held = pieces(held, size)
             yield from ((owner, part) for part in whole)
-            while len(held) > 10 * size + (1 << 20):
-                yield owner, held[:size]
-                held = held[size:]
+            if len(held) > 10 * size:
+                cuts = range(0, len(held) - size, size)
+                yield from ((owner, held[at : at + size]) for at in cuts)
+                held = held[len(cuts) * size :]
     if held:
         yield from ((owner, part) for part in pieces(held, size))
