@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from seqlong.fragment import Fragment
 
 
 @dataclass
@@ -33,6 +37,7 @@ class SequenceBatch:
             it, so that a resumed run draws the same.
         source: where each row came from, such as ``"chr1:1000-2000:+"``.
         patches: ``(b t p)`` float, instead of tokens, or between them.
+        fragment: which part of longer rows this is, where several processes share them; else None.
     """
 
     tokens: Int[Tensor, "b t"] | None = None
@@ -44,6 +49,7 @@ class SequenceBatch:
     index: Int[Tensor, "b"] | None = None
     source: list[str] | None = None
     patches: Float[Tensor, "b t p"] | None = None
+    fragment: Fragment | None = None
 
     @property
     def inputs(self) -> Tensor:

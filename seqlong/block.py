@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from seqlong.ffn.experts import ExpertLinear
 from seqlong.ffn.moe import MoE
+from seqlong.fragment import Fragment
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.base import Mixer
 
@@ -79,6 +80,8 @@ class Block(nn.Module):
         normed = self.mixer_norm(hidden)
         if aux is not None and self.publishes:
             mixed, state, aux[MEMORY] = self.mixer.publish(normed, layout, state)
+        elif layout.fragment is not None and not self.mixer.sequence_parallel:
+            mixed = on_whole_rows(self.mixer, normed, layout.fragment)
         elif self.mixer.reads_memory:
             mixed, state = self.mixer(normed, layout, state, memory)
         else:
@@ -117,6 +120,15 @@ class Block(nn.Module):
             for inner in part.modules():
                 found += [inner.get_submodule(name) for name in getattr(inner, "residual_projections", ())]
         return [layer for layer in found if isinstance(layer, nn.Linear | ExpertLinear)]
+
+
+def on_whole_rows(mixer: Mixer, hidden: Float[Tensor, "b n d"], fragment: Fragment) -> Float[Tensor, "b n d"]:
+    """Any mixer under sequence parallelism: every process gathers the whole rows, and keeps its part of the result.
+
+    Right for all, and no saving of the mixer's time or memory.
+    """
+    mixed, _ = mixer(fragment.join(hidden), fragment.whole)
+    return fragment.own(mixed)
 
 
 def run_block(

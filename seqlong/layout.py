@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from seqlong.fragment import Fragment
 
 T = TypeVar("T")
 
@@ -35,11 +38,13 @@ class SequenceLayout:
         positions: ``(b t)`` int64, the position of each token in its segment, carried on from the window before.
         previous: ``(b)`` the segment id just before position 0, for a slice of longer rows; None at a row's beginning.
             Where it differs from the first id, a carried state is not for these tokens.
+        fragment: under sequence parallelism, which part of longer rows this is, and who holds the others; else None.
     """
 
     segment_ids: Int[Tensor, "b t"] | None
     positions: Int[Tensor, "b t"] | Int[Tensor, "b t 3"]
     previous: Int[Tensor, "b"] | None = None
+    fragment: Fragment | None = None
     _known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
@@ -132,6 +137,8 @@ class SequenceLayout:
 
     def slice(self, start: int, stop: int) -> SequenceLayout:
         """The layout of positions ``start`` to ``stop``, to be run with the state that positions before them left."""
+        if self.fragment is not None:
+            raise ValueError("rows that several processes hold cannot be run in tiles")
         ids, previous = self.segment_ids, self.previous
         if ids is not None:
             previous = ids[:, start - 1] if start > 0 else previous
@@ -159,6 +166,9 @@ class SequenceLayout:
         """The layout of the reversed rows: the same segments from right to left, positions counted from their ends; on
         several axes, which have no end, the other way."""
         ids = None if self.segment_ids is None else self.reverse(self.segment_ids)
+        if self.fragment is not None:  # nobody here knows where the segments of other fragments end
+            turned = self.fragment.turn()
+            return SequenceLayout(ids, -self.reverse(self.positions), self.fragment.following(), turned)
         if self.positions.dim() == 3:
             return SequenceLayout(ids, -self.reverse(self.positions))
         rows, length = self.shape

@@ -1,3 +1,3 @@
-from seqlong.kernels.short_conv.op import short_conv
+from seqlong.kernels.short_conv.op import short_conv, tail
 
-__all__ = ["short_conv"]
+__all__ = ["short_conv", "tail"]

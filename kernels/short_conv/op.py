@@ -233,3 +233,14 @@ def _final_state(x: Tensor, before: Tensor, starts: Tensor | None, lengths: Tens
         last_start = torch.where(starts, steps, -reach - 1).amax(dim=1) if length else end * 0 - reach - 1
         result = result * (where >= last_start[:, None])[..., None]
     return result
+
+
+def tail(
+    x: Float[Tensor, "b t d"], reach: int, starts: Bool[Tensor, "b t"] | None, lengths: Int[Tensor, "b"] | None
+) -> tuple[Float[Tensor, "b r d"], Int[Tensor, "b"]]:
+    """The last ``reach`` inputs of each row's last segment, zero where it has fewer; and how many of them, counted from
+    the last, nothing from before the row can take the place of: all where a segment starts in the row."""
+    last = _final_state(x, x.new_zeros(x.shape[0], reach, x.shape[2]), starts, lengths)
+    count = torch.full((x.shape[0],), x.shape[1], device=x.device) if lengths is None else lengths
+    fresh = count.clamp(max=reach)
+    return last, fresh if starts is None else torch.where(starts.any(dim=1), reach, fresh)

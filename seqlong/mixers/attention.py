@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from seqlong.fragment import Fragment
 from seqlong.kernels.attention import attention
 from seqlong.kernels.norm import rms_norm
 from seqlong.layout import SequenceLayout
@@ -53,6 +54,7 @@ class Attention(Mixer):
     """
 
     residual_projections = ("out_proj",)
+    sequence_parallel = True
 
     def __init__(
         self,
@@ -153,6 +155,8 @@ class Attention(Mixer):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, state: AttentionState | SinkState | None
     ) -> tuple[Float[Tensor, "b t h v"], AttentionState | SinkState | None, Seen]:
+        if layout.fragment is not None:
+            return self._attend_across(q, k, v, layout.fragment, state), None, Seen(k, v)
         if state is None:
             ids = layout.segment_ids
             boundaries = None if ids is None else layout.boundaries
@@ -174,6 +178,30 @@ class Attention(Mixer):
             q, seen.keys, seen.values, window=self.window, query_ids=seen.query_ids, key_ids=seen.key_ids,
             slopes=self.slopes, sinks=self.sinks, always=seen.always,
         ), after, seen  # fmt: skip
+
+    def _attend_across(
+        self, q: Tensor, k: Tensor, v: Tensor, fragment: Fragment, state: AttentionState | SinkState | None
+    ) -> Float[Tensor, "b n h v"]:
+        """Rows that several processes hold: each attends with a part of the heads to whole rows (Ulysses, arXiv
+        2309.14509); where heads do not divide, with all heads of its queries to gathered keys and values."""
+        if state is not None:
+            raise ValueError("rows that several processes hold carry no state")
+        size, whole = fragment.size, fragment.whole
+        if q.shape[2] % size:
+            q, k, v = (fragment.join(x) for x in (q, k, v))
+            return fragment.own(self._attend(q, k, v, whole, None)[0])
+        if k.shape[2] % size:  # as few copies of each as make them divisible, but whole groups
+            copies = min(
+                n for n in range(1, q.shape[2] + 1) if not (k.shape[2] * n) % size and not q.shape[2] % (k.shape[2] * n)
+            )
+            k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))
+        ids = whole.segment_ids
+        slopes = None if self.slopes is None else self.slopes.chunk(size)[fragment.rank]
+        mixed = attention(
+            *(fragment.to_heads(x) for x in (q, k, v)), causal=self.causal, window=self.window, query_ids=ids,
+            key_ids=ids, slopes=slopes, boundaries=None if ids is None else whole.boundaries, sinks=self.sinks,
+        )  # fmt: skip
+        return fragment.to_positions(mixed)
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> AttentionState | SinkState:
         empty = torch.zeros(rows, 0, self.kv_heads, self.head_dim, device=device, dtype=dtype)

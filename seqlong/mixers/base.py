@@ -56,6 +56,8 @@ class Mixer(nn.Module):
         balance_loss: weight of a loss of the mixer's own router, if it has one.
         reads_memory: whether it reads what a mixer of an earlier block publishes: ``forward(..., memory)``. With
             ``bounded_state``, each position reads its own place only, and a memory is cut where the row is.
+        sequence_parallel: whether it can be given a layout with a ``fragment``: rows that several processes hold.
+            Others are run on whole rows by each process.
         memory_width: channels of the readings ``(b t w)`` that ``publish`` gives later blocks; None if it gives none.
     """
 
@@ -65,6 +67,7 @@ class Mixer(nn.Module):
     balance_loss: float = 0.0
     reads_memory: bool = False
     memory_width: int | None = None
+    sequence_parallel: bool = False
 
     def place(self, layer: int, layers: int) -> None:
         """Be told, once, to be block ``layer`` (from 0) of ``layers``: for what depends on depth."""

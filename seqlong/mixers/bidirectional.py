@@ -11,6 +11,7 @@ from torch import Tensor
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.base import Mixer, MixerFactory
 from seqlong.mixers.linear import LinearMixer
+from seqlong.mixers.mamba2 import Mamba2
 from seqlong.mixers.readings import bidirectional_form, join_readings
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ class Bidirectional(Mixer):
         self.tied = tied or self.joined
         self.backward_mixer: Mixer | None = None if self.tied else mixer(d_model)
         self.balance_loss = self.forward_mixer.balance_loss
+        # Attention needs whole rows, and a row's padding at its end, which turned fragments have in the middle.
+        recurrent = isinstance(self.forward_mixer, LinearMixer | Mamba2)
+        self.sequence_parallel = recurrent and self.forward_mixer.sequence_parallel and not self.joined
 
     def place(self, layer: int, layers: int) -> None:
         self.forward_mixer.place(layer, layers)

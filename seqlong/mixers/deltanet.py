@@ -57,7 +57,7 @@ class DeltaNet(LinearMixer):
     ) -> tuple[Tensor, Tensor]:
         output, memory = delta_rule(
             q, k, v, still(self.beta_proj(hidden), layout.padding, -float("inf")), normalize=True,
-            beta_activation=self.activation, starts=layout.starts, initial_state=memory,
+            beta_activation=self.activation, starts=layout.starts, initial_state=memory, fragment=layout.fragment,
         )  # fmt: skip
         return output * self.key_dim**-0.5, memory
 
@@ -114,7 +114,7 @@ class GatedDeltaNet(LinearMixer):
             q, k, v, still(self.beta_proj(hidden), padding, -float("inf")),
             still(self.decay_proj(hidden), padding, -float("inf")), normalize=True, beta_activation=self.activation,
             gate_activation="softplus", rate=-precise(self.A_log, q).exp(), gate_bias=precise(self.dt_bias, q),
-            starts=layout.starts, initial_state=memory,
+            starts=layout.starts, initial_state=memory, fragment=layout.fragment,
         )  # fmt: skip
         return output * self.key_dim**-0.5, memory
 
@@ -171,5 +171,6 @@ class KDA(LinearMixer):
         output, memory = delta_rule(
             q, k, v, still(self.beta_proj(hidden), layout.padding, -float("inf")), still(decay, layout.padding, 0.0),
             normalize=True, beta_activation=self.activation, starts=layout.starts, initial_state=memory,
+            fragment=layout.fragment,
         )  # fmt: skip
         return output * self.key_dim**-0.5, memory

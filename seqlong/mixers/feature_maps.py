@@ -25,7 +25,9 @@ class _Normalised(LinearMixer):
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, layout: SequenceLayout, memory: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-        return scalar_decay(q, k, v, self.decay(v), starts=layout.starts, initial_state=memory)
+        return scalar_decay(
+            q, k, v, self.decay(v), starts=layout.starts, initial_state=memory, fragment=layout.fragment
+        )
 
     def finish(self, output: Float[Tensor, "b t h w"], hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t h v"]:
         total, weight = precise(output, hidden).split([self.value_dim, 1], dim=-1)

@@ -50,7 +50,7 @@ class GLA(LinearMixer):
         gate = still(self.decay_proj(hidden), layout.padding, float("inf")).unflatten(2, (self.heads, self.key_dim))
         return vector_decay(
             q * self.key_dim**-0.5, k, v, gate.to(q.dtype), activation="logsigmoid", divisor=self.divisor,
-            starts=layout.starts, initial_state=memory,
+            starts=layout.starts, initial_state=memory, fragment=layout.fragment,
         )  # fmt: skip
 
 
@@ -91,4 +91,6 @@ class SimpleGLA(LinearMixer):
     ) -> tuple[Tensor, Tensor]:
         gate = self.decay_proj(hidden)
         decay = still(F.logsigmoid(precise(gate, gate)) / self.divisor, layout.padding, 0.0)
-        return scalar_decay(q * self.key_dim**-0.5, k, v, decay, starts=layout.starts, initial_state=memory)
+        return scalar_decay(
+            q * self.key_dim**-0.5, k, v, decay, starts=layout.starts, initial_state=memory, fragment=layout.fragment
+        )

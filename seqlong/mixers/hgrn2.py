@@ -52,5 +52,13 @@ class HGRN2(LinearMixer):
             bound = torch.zeros(self.heads, self.key_dim, device=q.device, dtype=precise(q, q).dtype)
         gate = still(k, layout.padding, float("inf"))  # forgets nothing, writes nothing
         return vector_decay(
-            q, None, v, gate, activation="lower_bound", lower_bound=bound, starts=layout.starts, initial_state=memory
+            q,
+            None,
+            v,
+            gate,
+            activation="lower_bound",
+            lower_bound=bound,
+            starts=layout.starts,
+            initial_state=memory,
+            fragment=layout.fragment,
         )

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from seqlong.kernels.norm import rms_norm
-from seqlong.kernels.short_conv import short_conv
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.base import Mixer, MixerState
+from seqlong.mixers.recurrences import short_conv
 
 Gate = Literal["silu", "sigmoid", "none"]
 
@@ -76,6 +76,7 @@ class LinearMixer(Mixer):
 
     bounded_state = True
     residual_projections = ("out_proj",)
+    sequence_parallel = True
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class LinearMixer(Mixer):
             streams, conv = short_conv(
                 streams, self.conv1d.weight.squeeze(1), None, starts=layout.starts,
                 state=None if state is None else state.conv, lengths=None if padding is None else layout.lengths,
-                output_state=state is not None,
+                output_state=state is not None, fragment=layout.fragment,
             )  # fmt: skip
         q, k, v = streams.split(list(self.widths), dim=-1)
         q, k = (x.unflatten(2, (self.groups, self.key_dim)) for x in (q, k))

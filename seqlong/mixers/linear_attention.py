@@ -23,7 +23,7 @@ def _constant(mixer: LinearMixer, constant: Constant, q: Tensor, k: Tensor, v: T
     decay = constant(v)
     if layout.padding is not None:
         decay = still(decay.expand(*v.shape[:2], mixer.heads), layout.padding, 0.0)
-    return scalar_decay(q, k, v, decay, starts=layout.starts, initial_state=memory)
+    return scalar_decay(q, k, v, decay, starts=layout.starts, initial_state=memory, fragment=layout.fragment)
 
 
 class LinearAttention(LinearMixer):

@@ -90,6 +90,8 @@ class LogLinearMamba2(Mamba2):
         norm_eps: added to the mean square in the gated norm.
     """
 
+    sequence_parallel = False
+
     def __init__(
         self,
         d_model: int,
@@ -154,6 +156,8 @@ class LogLinearGatedDeltaNet(GatedDeltaNet):
         levels: weights of a token; 15 tell 16,384 tokens apart.
         norm_eps: added to the mean square in the norm.
     """
+
+    sequence_parallel = False
 
     def __init__(
         self,

@@ -8,16 +8,19 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from seqlong.fragment import Fragment
 from seqlong.kernels.norm import gated_rms_norm
 from seqlong.kernels.scalar_decay import ssd
 from seqlong.kernels.scalar_decay.step import ssd_step
-from seqlong.kernels.short_conv import short_conv
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.base import Mixer, MixerState
+from seqlong.mixers.recurrences import short_conv
+from seqlong.parallel import scan
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Mamba2(Mixer):
 
     bounded_state = True
     residual_projections = ("out_proj",)
+    sequence_parallel = True
 
     def __init__(
         self,
@@ -110,7 +114,7 @@ class Mamba2(Mixer):
             hidden = hidden.masked_fill(padding[..., None], 0)
         # What the layout works out, it works out here: not inside of what is computed again.
         lengths = None if padding is None else layout.lengths
-        inputs = self.in_proj(hidden), layout.starts, padding, lengths, state
+        inputs = self.in_proj(hidden), layout.starts, padding, lengths, state, layout.fragment
         if self.recompute and torch.is_grad_enabled():
             contexts = partial(create_selective_checkpoint_contexts, _keep_scan)
             return checkpoint(self._mix, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
@@ -123,6 +127,7 @@ class Mamba2(Mixer):
         padding: Bool[Tensor, "b t"] | None,
         lengths: Int[Tensor, "b"] | None,
         state: Mamba2State | None,
+        fragment: Fragment | None,
     ) -> tuple[Float[Tensor, "b t d"], Mamba2State | None, Float[Tensor, "b t i"]]:
         """Everything after the first projection; z, x, B, C and dt are never copied out of what computed them."""
         z, xbc, dt = projected.split([self.d_inner, self.d_conv, self.heads], dim=-1)
@@ -130,7 +135,7 @@ class Mamba2(Mixer):
         if projected.shape[1] == 1 and state is not None and not torch.is_grad_enabled():
             y, after = self._step(xbc, dt, starts, padding, state)
         else:
-            y, after = self._scan(xbc, dt, starts, padding, lengths, state)
+            y, after = self._scan(xbc, dt, starts, padding, lengths, state, fragment)
         read = y.flatten(2)
         y = gated_rms_norm(read, z, self.norm.weight, self.groups, self.norm_eps)
         return self.out_proj(y), after, read
@@ -143,6 +148,7 @@ class Mamba2(Mixer):
         padding: Bool[Tensor, "b t"] | None,
         lengths: Int[Tensor, "b"] | None,
         state: Mamba2State | None,
+        fragment: Fragment | None,
     ) -> tuple[Float[Tensor, "b t h v"], Mamba2State | None]:
         """Convolution and state space over a row."""
         if padding is not None:  # a step of zero neither decays nor writes
@@ -155,23 +161,32 @@ class Mamba2(Mixer):
             state=None if state is None else state.conv,
             lengths=lengths,
             output_state=state is not None,
+            fragment=fragment,
         )
         x, b, c = xbc.split([self.d_inner, *[self.groups * self.d_state] * 2], dim=-1)
         # Decays stay in float32 whatever the activations are.
         kept = torch.float64 if xbc.dtype == torch.float64 else torch.float32
+        x = x.unflatten(2, (self.heads, self.head_dim))
+        b, c = (part.unflatten(2, (self.groups, self.d_state)) for part in (b, c))
+        rates = -self.A_log.to(kept).exp()
+        entry, final = None if state is None else state.ssm, None
+        if fragment is not None:
+            steps = F.softplus(dt.to(kept) + self.dt_bias.to(kept))
+            made = scan.scalar_decay(b, x * steps[..., None].to(x.dtype), steps * rates, starts)
+            entry, final = scan.entering(fragment, *made, entry)
         y, ssm = ssd(
-            x.unflatten(2, (self.heads, self.head_dim)),
+            x,
             dt,
-            -self.A_log.to(kept).exp(),
-            b.unflatten(2, (self.groups, self.d_state)),
-            c.unflatten(2, (self.groups, self.d_state)),
+            rates,
+            b,
+            c,
             d=self.D,
             dt_bias=self.dt_bias,
             starts=starts,
-            initial_state=None if state is None else state.ssm,
+            initial_state=entry,
             recompute=self.recompute,
         )
-        return y, None if state is None or conv is None else Mamba2State(ssm, conv)
+        return y, None if state is None or conv is None else Mamba2State(ssm if final is None else final, conv)
 
     def _step(
         self,

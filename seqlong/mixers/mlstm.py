@@ -50,6 +50,7 @@ class MLSTM(LinearMixer):
         key, value = (split_heads("MLSTM", int(d_model * expand), heads) for expand in (expand_k, expand_v))
         super().__init__(d_model, heads, key, value, gate="sigmoid", norm_eps=norm_eps)
         self.exponential = input_gate == "exponential"
+        self.sequence_parallel = not self.exponential  # whose largest exponent so far is no linear state
         self.gates_proj = nn.Linear(d_model, 2 * heads)  # forget, input
         nn.init.zeros_(self.gates_proj.weight)
         with torch.no_grad():
@@ -66,7 +67,7 @@ class MLSTM(LinearMixer):
         q = q * self.key_dim**-0.5
         if not self.exponential:
             k = (k * torch.sigmoid(write)[..., None]).to(k.dtype)
-            return scalar_decay(q, k, v, forget, starts=starts, initial_state=memory)
+            return scalar_decay(q, k, v, forget, starts=starts, initial_state=memory, fragment=layout.fragment)
         write = still(write, layout.padding, -torch.inf)
         before = write.new_zeros(len(write), self.heads) if memory is None else memory[:, :, 0, -1].detach()
         largest = _running_maximum(forget.detach(), write.detach(), starts, before)

@@ -89,6 +89,7 @@ class Parallel(Mixer):
         self.share = 1 / len(branches) if combine == "mean" else 1.0
         self.causal = all(mixer.causal for mixer in branches.values())
         self.bounded_state = all(mixer.bounded_state for mixer in branches.values())
+        self.sequence_parallel = all(mixer.sequence_parallel for mixer in branches.values())
         self.balance_loss = max(mixer.balance_loss for mixer in branches.values())
 
     def _mixers(self) -> list[Mixer]:

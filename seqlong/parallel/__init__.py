@@ -1,0 +1,1 @@
+"""Sequence parallelism: what mixers do where several processes hold parts of the same rows."""
