@@ -69,7 +69,7 @@ def by_definition(
     hidden: Float[Tensor, "b t d"],
     layout: SequenceLayout,
 ) -> Float[Tensor, "b t h w"]:
-    """``right + left - alone``, for any ``recur``."""
+    """``right + left - alone``, for any ``recur``: three scans, of which the last has segments of one token."""
     rightward, _ = mixer.recur(q, k, v, hidden, layout, None)
     turned = [layout.reverse(x) for x in (q, k, v, hidden)]
     leftward, _ = mixer.recur(turned[0], turned[1], turned[2], turned[3], layout.reversed, None)
