@@ -2,7 +2,16 @@
 
 from seqlong.tasks.base import SequenceTask
 from seqlong.tasks.causal_lm import CausalLM
+from seqlong.tasks.classification import SequenceClassification
 from seqlong.tasks.masked_lm import MaskedLM
+from seqlong.tasks.regression import SequenceRegression
 from seqlong.tasks.video_classification import VideoClassification
 
-__all__ = ["CausalLM", "MaskedLM", "SequenceTask", "VideoClassification"]
+__all__ = [
+    "CausalLM",
+    "MaskedLM",
+    "SequenceClassification",
+    "SequenceRegression",
+    "SequenceTask",
+    "VideoClassification",
+]
