@@ -210,6 +210,15 @@ def test_contigs_are_found_under_their_other_names(asked: str, there: str) -> No
     assert there in aliases(asked) and asked not in aliases(asked)
 
 
+def test_contigs_are_renamed_as_asked(tmp_path: Path, genome: Genome) -> None:
+    contigs = Contigs(genome, {"weird": "2", "chr1": "2"})
+    assert contigs.find("weird") == Place(1) and contigs.find("chr1") == Place(1) and contigs.find("1") == Place(0)
+    with pytest.raises(DataError, match=r"--rename a=chr2: the reference has no contig 'chr2'; did you mean 'chr1'"):
+        Contigs(genome, {"a": "chr2"})
+    source = written(tmp_path, line(2, "C", "G", contig="un"))
+    assert survey(source, genome, 20, {"un": "2"})[0].counts["ok"] == 1
+
+
 def test_a_cut_out_region_is_part_of_its_contig(tmp_path: Path) -> None:
     (tmp_path / "r.fa").write_text(f">chr17:1001-1600 cut out\n{BASES}\n>chr18:1-5\nACGTACGT\n")
     contigs = Contigs(Genome.open(tmp_path / "r.fa", tmp_path / "cache"))
@@ -240,6 +249,8 @@ def test_the_command(tmp_path: Path, genome: Genome, monkeypatch: pytest.MonkeyP
         (["--window", "8"], "too short"),
         (["--truth", "CLASS"], "INFO field and its value"),
         (["--ckpt", "nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
+        (["--rename", "MT"], "expected VCF's name"),
+        (["--output", "x.txt"], "ends in .vcf.gz"),
         (["--device", "tpu9"], "device 'tpu9' cannot be used"),
         (["--window", "many"], "'many' is not a whole number"),
     ):

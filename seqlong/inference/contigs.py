@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from seqlong.datamodules.dna.genome import Genome
-from seqlong.errors import nearest
+from seqlong.errors import DataError, nearest
 
-_MITOCHONDRION = ("MT", "M", "chrM", "chrMT", "MtDNA", "mito", "mitochondrion")
+_MITOCHONDRION = ("MT", "M", "chrM", "chrMT", "MtDNA", "rCRS", "mito", "mitochondrion")
 #: Numbers of RefSeq accessions NC_0000nn -> chromosome. NCBI, human (any assembly) and mouse.
 _REFSEQ = {
     **{number: str(number) for number in range(1, 23)},
@@ -47,12 +48,17 @@ class Contigs:
     contig called ``NAME:START-STOP`` (from 1, both counted) and of that length is this part of NAME, as
     ``samtools faidx`` writes it.
 
+    Raises:
+        DataError: ``given`` names no contig of the genome.
+
     Attributes:
         genome: where to look.
+        given: names -> contigs of the genome, which go before all else.
         renamed: what was found under another name, as a sentence each, in the order of asking.
     """
 
     genome: Genome
+    given: Mapping[str, str] = field(default_factory=dict)
     renamed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -70,6 +76,9 @@ class Contigs:
                 start, stop = (int(text.replace(",", "")) for text in match.group(2, 3))
                 if stop - start + 1 == contig.length:
                     self._regions.setdefault(match[1], []).append((Place(number, start - 1), stop))
+        for other, name in self.given.items():
+            if name not in self._names:
+                raise DataError(f"--rename {other}={name}: the reference has no contig '{name}'{self.closest(name)}")
 
     def find(self, name: str, position: int = 0) -> Place | None:
         """Where ``position`` (from 0) of the contig ``name`` is; None if no contig of the genome holds it."""
@@ -90,9 +99,9 @@ class Contigs:
         return nearest(name, [*self._names, *self._regions])
 
     def _look_up(self, name: str) -> Place | None:
-        if name in self._names:
+        if name in self._names and name not in self.given:
             return self._names[name]
-        for other in aliases(name):
+        for other in [self.given[name]] if name in self.given else aliases(name):
             if other in self._names:
                 self._tell(name, self._names[other])
                 return self._names[other]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -49,12 +49,14 @@ class Settings:
         indels: see ``seqlong.inference.variants.score``.
         batch_tokens: positions to run at once.
         batch: records to score, and to save, together.
+        renamed: contigs of the VCF -> those of the reference.
     """
 
     windows: tuple[Window, ...]
     indels: Indels = "calibrated"
     batch_tokens: int = 65536
     batch: int = 256
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:
@@ -86,17 +88,25 @@ def command(words: Sequence[str]) -> int:
         help="set bases that an allele has more or less against the mean base, or against those at the window's end",
     )
     parser.add_argument("--circular", nargs="*", default=(), metavar="CONTIG", help="contigs that are rings")
+    parser.add_argument("--rename", nargs="+", default=(), metavar="A=B", help="VCF's contig A is the reference's B")
     parser.add_argument("--truth", metavar="FIELD=VALUE", help="INFO that says which are damaging: prints the AUROC")
-    parser.add_argument("--batch-tokens", type=integer, help="positions to run at once; 65,536, on a GPU 524,288")
+    parser.add_argument("--batch-tokens", type=integer, help="positions to run at once; 16,384, on a GPU 524,288")
     given = parser.parse_args(list(words))
     windows = tuple(Window(length, given.after) for length in given.window)
+    renamed = dict(text.partition("=")[::2] for text in given.rename)
+    if not all(renamed) or not all(renamed.values()):
+        raise ConfigError(f"--rename is '{' '.join(given.rename)}'; expected VCF's name=reference's name, as MT=rCRS")
     truth = Truth.parse(given.truth) if given.truth else None
     model = open_model(given)
     model.require("causal", "masked", why="score")
     require_bases(model, "score")
     gpu = model.device.type == "cuda"
     settings = Settings(
-        windows, given.indels, given.batch_tokens or (524288 if gpu else 65536), batch=2048 if gpu else 256
+        windows,
+        given.indels,
+        given.batch_tokens or (524288 if gpu else 16384),
+        batch=2048 if gpu else 256,
+        renamed=renamed,
     )
     genome = Genome.open(given.ref, circular=list(given.circular))
     name = Path(given.variants).name.removesuffix(".gz").removesuffix(".vcf").removesuffix(".bcf")
@@ -132,7 +142,7 @@ def score_file(
     Raises:
         DataError: the VCF cannot be read or used with this reference.
     """
-    tally, contigs = survey(source, genome, settings.longest)
+    tally, contigs = survey(source, genome, settings.longest, settings.renamed)
     for line in tally.lines(contigs):
         log.info("%s", line)
     if tally.counts["ref_mismatch"] and ref_mismatch == "raise":
@@ -215,6 +225,7 @@ def _asked(model: Model, genome: Genome, source: Path, settings: Settings, ref_m
         "vcf": identity(source),
         "checkpoint": identity(model.path),
         "reference": [store.digest[:16] for store in genome.stores],
+        "renamed": dict(settings.renamed),
         "circular": [contig.name for contig in genome.contigs if contig.circular],
         "windows": [[window.length, window.after] for window in settings.windows],
         "indels": settings.indels,

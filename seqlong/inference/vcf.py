@@ -187,13 +187,21 @@ def alleles(record: Any, contigs: Contigs, longest: int) -> list[Allele]:
     return found
 
 
-def survey(path: str | Path, genome: Genome, longest: int) -> tuple[Tally, Contigs]:
+def survey(
+    path: str | Path, genome: Genome, longest: int, renamed: Mapping[str, str] | None = None
+) -> tuple[Tally, Contigs]:
     """Read a whole VCF and check all of it, before anything is computed.
+
+    Args:
+        path: VCF or BCF.
+        genome: the reference.
+        longest: bases of the longest allele that can be scored.
+        renamed: contigs of the VCF -> those of the reference, where they are not to be found by themselves.
 
     Raises:
         DataError: as ``records``, or there are none.
     """
-    contigs, tally = Contigs(genome), Tally()
+    contigs, tally = Contigs(genome, renamed or {}), Tally()
     seen: set[str] = set()
     before: tuple[str, int] = ("", 0)
     for record in records(path):
