@@ -26,6 +26,28 @@ def folds_of(records: Records, folds: int, seed: int) -> NDArray[np.int64]:
     """
     if folds < 2:
         raise ConfigError(f"{folds} folds; expected 2 or more")
+    fold = np.zeros(len(records), dtype=np.int64)
+    for turn, group in enumerate(_groups(records, seed)):
+        fold[group] = turn % folds
+    return fold
+
+
+def hold_out(records: Records, share: float, seed: int) -> NDArray[np.bool_]:
+    """``(n)`` True for ``share`` of the records of each label; the same bases stay together, as in ``folds_of``.
+
+    Raises:
+        ConfigError: ``share`` is not between 0 and a half.
+    """
+    if not 0 < share <= 0.5:
+        raise ConfigError(f"a share of {share} cannot be held out; expected more than 0 and at most 0.5")
+    held = np.zeros(len(records), dtype=np.bool_)
+    for turn, group in enumerate(_groups(records, seed)):
+        held[group] = int((turn + 1) * share) > int(turn * share)
+    return held
+
+
+def _groups(records: Records, seed: int) -> list[list[int]]:
+    """Records by their bases, label after label, within a label in an order drawn by ``seed``."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for number in range(len(records)):
         groups[either_strand(records.sequence(number))].append(number)
@@ -35,31 +57,11 @@ def folds_of(records: Records, folds: int, seed: int) -> NDArray[np.int64]:
         by_label[records.labels[numbers[0]]].append(group)
     if len(by_label) > max(50, len(members) // 4):  # values, not classes
         by_label = defaultdict(list, {(): list(range(len(members)))})
-    fold = np.zeros(len(records), dtype=np.int64)
-    turn = 0
+    ordered = []
     for label in sorted(by_label):
         listed = np.array(by_label[label])
-        order = listed[np.argsort(mix(seed, _ORDER, listed))]
-        for group in order.tolist():
-            fold[members[group]] = turn % folds
-            turn += 1
-    return fold
-
-
-def hold_out(records: Records, share: float, seed: int) -> NDArray[np.bool_]:
-    """``(n)`` True for about ``share`` of the records of each label.
-
-    Raises:
-        ConfigError: ``share`` is not between 0 and a half.
-    """
-    if not 0 < share <= 0.5:
-        raise ConfigError(f"a share of {share} cannot be held out; expected more than 0 and at most 0.5")
-    parts = 1000
-    chosen = folds_of(records, parts, seed) if len(records) >= 2 * parts else None
-    if chosen is not None:
-        return chosen < round(share * parts)
-    every = max(2, round(1 / share))
-    return folds_of(records, every, seed) == 0
+        ordered += [members[group] for group in listed[np.argsort(mix(seed, _ORDER, listed))].tolist()]
+    return ordered
 
 
 def ends_held_out(records: Records, share: float) -> tuple[Records, Records]:

@@ -286,8 +286,7 @@ class LabelledData(SequenceData):
             if name != "train":
                 found = self.leakage(name).describe()
                 leak = [f"{found[key]:,}" for key in ("exact", "reverse_complement", "near")]
-            made.add_row(name, f"{len(part):,}",
-                         _span(part), shown or "values", *leak)  # fmt: skip
+            made.add_row(name, f"{len(part):,}", _span(part), shown or "values", *leak)
         return made
 
     # --- Lightning -----------------------------------------------------------------------------------------------

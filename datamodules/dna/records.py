@@ -141,8 +141,8 @@ def read_records(
     ends = np.cumsum(np.array(lengths, dtype=np.int64))
     bases = np.frombuffer(b"".join(pieces), dtype=np.uint8)
     starts = ends - np.array(lengths, dtype=np.int64)
-    line, file = np.array(lines, dtype=np.int64), np.array(files, dtype=np.int64)
-    return Records(bases, starts, ends, labels, line, file, listed, dropped)
+    rows, sources = np.array(lines, dtype=np.int64), np.array(files, dtype=np.int64)
+    return Records(bases, starts, ends, labels, rows, sources, listed, dropped)
 
 
 def _problem(letters: bytes, cells: tuple[str, ...], unlabelled: bool) -> str:
