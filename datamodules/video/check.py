@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,14 @@ def videos_under(folder: Path) -> Iterator[Path]:
     if folder.is_file():
         yield folder
         return
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in ENDINGS and path.is_file() and not path.name.startswith("."):
-            yield path
+    been: set[Path] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):  # class folders are often links
+        if Path(place).resolve() in been:  # ... and links may lead in circles
+            folders.clear()
+            continue
+        been.add(Path(place).resolve())
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(place) / name
+            if path.suffix.lower() in ENDINGS and not name.startswith(".") and path.is_file():
+                yield path

@@ -184,8 +184,8 @@ def classes_of(videos: Sequence[Video], source: str | Path) -> list[str]:
         raise DataError(f"{source}: {len(without)} of {len(videos)} videos have no label, such as {without[0].path}")
     if len(names) < 2:
         raise DataError(
-            f"{source}: all {len(videos)} videos are of one class, '{next(iter(names))}'; two or more are needed to learn "
-            "labels (a task without labels does not ask)"
+            f"{source}: all {len(videos)} videos are of one class, '{next(iter(names))}'; two or more are needed to "
+            "learn labels (a task without labels does not ask)"
         )
     if all(re.fullmatch(r"\d{1,9}", name) for name in names):
         return sorted(names, key=int)
@@ -215,9 +215,11 @@ def divide(
             )
     if any(video.split is None for video in videos) and not any(video.split for video in videos):
         by_class: dict[str, list[str]] = {}
+        placed: set[str] = set()
         for video in videos:
             groups = by_class.setdefault(video.label, [])
-            if not any(video.group in other for other in by_class.values()):
+            if video.group not in placed:
+                placed.add(video.group)
                 groups.append(video.group)
         for number, label in enumerate(sorted(by_class)):
             groups = sorted(by_class[label])

@@ -24,6 +24,7 @@ from seqlong.errors import ConfigError
 
 #: Files that a process keeps open, so that a clip goes on where the one before ended.
 OPEN_FILES = 8
+_INHERITED: list[object] = []
 
 
 @dataclass
@@ -51,7 +52,9 @@ class Reader:
 
     def file(self, path: Path) -> VideoReader:
         """A file, opened by this process."""
-        if self._process != os.getpid():  # what a parent had open belongs to the parent
+        if self._process != os.getpid():
+            # What a parent had open belongs to the parent: never used here, nor freed, which would close it.
+            _INHERITED.append(self._open)
             self._open, self._process = OrderedDict(), os.getpid()
         found = self._open.pop(path, None) or open_video(path, self.backend, self.threads)
         self._open[path] = found
