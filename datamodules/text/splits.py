@@ -42,8 +42,8 @@ class Split:
         """Documents, tokens (special ones not counted), bytes and words of a split."""
         spans = self.spans[name]
         lengths = corpus.lengths[spans.document]
-        share = spans.lengths / np.maximum(lengths, 1)
         special = (spans.start == 0) * corpus.prefix + (spans.stop == lengths) * corpus.suffix
+        share = (spans.lengths - special) / (lengths - corpus.prefix - corpus.suffix)  # no document is empty
         return {
             "documents": len(np.unique(spans.document)),
             "tokens": int((spans.lengths - special).sum()),
