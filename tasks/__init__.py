@@ -6,12 +6,15 @@ from seqlong.tasks.classification import SequenceClassification
 from seqlong.tasks.masked_lm import MaskedLM
 from seqlong.tasks.regression import SequenceRegression
 from seqlong.tasks.video_classification import VideoClassification
+from seqlong.tasks.video_patches import MaskedVideo, VideoPrediction
 
 __all__ = [
     "CausalLM",
     "MaskedLM",
+    "MaskedVideo",
     "SequenceClassification",
     "SequenceRegression",
     "SequenceTask",
     "VideoClassification",
+    "VideoPrediction",
 ]

@@ -30,6 +30,7 @@ class SyntheticVideo(SequenceData):
         size: pixels of each side.
         tubelets: how clips are cut into patches.
         batch_size: clips in a batch over all ranks.
+        labels: whether labels are wanted; tasks on pixels alone have no use for them.
         eval_frames: frames of a clip of evaluation; null is ``frames``.
         eval_rows: clips of validation, and of test.
         eval_batch_size: clips in an evaluation batch over all ranks; null is ``batch_size``.
@@ -51,6 +52,7 @@ class SyntheticVideo(SequenceData):
         size: int = 24,
         tubelets: Tubelets = Tubelets(1, 8, 8),  # noqa: B008 (frozen)
         batch_size: int = 24,
+        labels: bool = True,
         eval_frames: int | None = None,
         eval_rows: int = 512,
         eval_batch_size: int | None = None,
@@ -64,6 +66,7 @@ class SyntheticVideo(SequenceData):
         lengths = [tubelets.count(count, size, size) for count in (frames, self.eval_frames)]
         super().__init__(lengths[0], batch_size, None, lengths[1], eval_batch_size, seed, workers)
         self.generator: VideoGenerator = FlashOrder() if generator is None else generator
+        self.labels = labels
         self.eval_rows, self.classes = eval_rows, self.generator.classes
         for count in {frames, self.eval_frames}:
             self.generator.clip(np.random.default_rng(0), count, size)  # says at once what does not fit
@@ -95,14 +98,14 @@ class SyntheticVideo(SequenceData):
 
     def floors(self) -> list[dict[str, object]]:
         """Bits of a label that is guessed."""
-        return [{"name": "chance", "bits": math.log2(self.classes)}]
+        return [{"name": "chance", "bits": math.log2(self.classes)}] if self.labels else []
 
 
 class _Clips(Dataset[SequenceBatch]):
     """Clips by number; a negative one is a row that counts for nothing."""
 
     def __init__(self, data: SyntheticVideo, frames: int, name: tuple[int, ...]) -> None:
-        self.generator, self.tubelets = data.generator, data.tubelets
+        self.generator, self.tubelets, self.labels = data.generator, data.tubelets, data.labels
         self.frames, self.size, self.name = frames, data.size, name
 
     def __getitem__(self, asked: BatchRequest | NDArray[np.int64]) -> SequenceBatch:
@@ -115,6 +118,6 @@ class _Clips(Dataset[SequenceBatch]):
             keys = [int(mix(*self.name, number, part)[0]) for part in range(2)]
             random = np.random.Generator(np.random.Philox(key=keys))
             filmed = self.generator.clip(random, self.frames, self.size)
-            made.append(Clip(torch.from_numpy(filmed.pixels), filmed.label))
+            made.append(Clip(torch.from_numpy(filmed.pixels), filmed.label if self.labels else -1))
         length = self.tubelets.count(self.frames, self.size, self.size)
         return join(made, torch.from_numpy(numbers.copy()), self.tubelets, length)
