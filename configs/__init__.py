@@ -1,4 +1,4 @@
-"""Configuration files. Beside them one thing that YAML cannot say: the architecture that a checkpoint was saved with."""
+"""Configuration files, and one thing that YAML cannot say: the architecture that a checkpoint was saved with."""
 
 from __future__ import annotations
 

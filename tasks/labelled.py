@@ -220,10 +220,11 @@ class LabelledTask(SequenceTask):
                 f"data.labels={self.kind}"
             )
         if data.classes != self.outputs:
+            what = "values" if self.kind == "value" else "classes"
             shown = ", ".join(data.label_names.names[:12]) + (", ..." if data.classes > 12 else "")
             raise ConfigError(
-                f"the data has {data.classes} {'values' if self.kind == 'value' else 'classes'} ({shown}), but the model "
-                f"puts out {self.outputs}; set task.{'values' if self.kind == 'value' else 'classes'}={data.classes}"
+                f"the data has {data.classes} {what} ({shown}), but the model puts out {self.outputs}; set "
+                f"task.{what}={data.classes}"
             )
         symbols, size = data.vocabulary.size, self.backbone.embedding.num_embeddings
         if symbols > size:
