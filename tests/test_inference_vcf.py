@@ -182,7 +182,7 @@ def test_an_interrupted_command_goes_on_without_losing_or_repeating(
     assert not (tmp_path / "out.tsv").exists()
     partial = tmp_path / ".out.tsv.partial"
     with partial.open("ab") as file:
-        file.write(b"6\tok\t1\t1")  # and the machine went down in the middle of a line
+        file.write(b"6\tok\t1\t1\n" * 500 + b"7\tok")  # and the machine went down in the middle of a line
     counted = []
     monkeypatch.setattr(verb, "score_alleles", lambda *a: counted.append(len(a[2])) or real(*a))
     verb.score_file(causal_model(), genome, source, SETTINGS, None, tmp_path / "out.tsv")
