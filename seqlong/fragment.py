@@ -16,6 +16,10 @@ from seqlong.batch import SequenceBatch
 from seqlong.errors import ConfigError
 from seqlong.layout import SequenceLayout
 
+# torch 2.13 has new names for these.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -110,7 +114,7 @@ class _Gather(torch.autograd.Function):
         ctx.group = group
         flat = x.reshape(1, -1).contiguous()
         every = flat.new_empty(size, flat.shape[1])
-        dist.all_gather_into_tensor(every, flat, group=group)
+        _all_gather(every, flat, group=group)
         return every.view(size, *x.shape)
 
     @staticmethod
@@ -118,7 +122,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         flat = grad.reshape(grad.shape[0], -1).contiguous()
         mine = flat.new_empty(1, flat.shape[1])
-        dist.reduce_scatter_tensor(mine, flat, group=ctx.group)
+        _reduce_scatter(mine, flat, group=ctx.group)
         return mine.view(grad.shape[1:]), None, None
 
 

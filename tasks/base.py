@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from seqlong.backbone import Backbone, BackboneConfig, BackboneOutput
 from seqlong.batch import SequenceBatch
 from seqlong.errors import ConfigError
+from seqlong.fragment import split
 from seqlong.heads import LanguageHead
 from seqlong.metrics import Accuracy, BitsPerToken, RunningSums, world
 from seqlong.optim import Optimizer, Schedule
@@ -104,7 +105,7 @@ class SequenceTask(LightningModule):
             ``loss``: its gradients, averaged over ranks, are those of the whole batch; so is the mean of its values.
             ``figures``: sums ``nats`` and ``count``, and what the blocks report.
         """
-        batch = self.prepare(batch)
+        batch = self._own(self.prepare(batch))
         output = self._run(batch)
         assert batch.targets is not None
         nll = self.head.loss(output.hidden, batch.targets, self.z_loss)
@@ -128,6 +129,15 @@ class SequenceTask(LightningModule):
         counted = weight > 0
         nats = torch.where(counted, nll.detach(), 0).sum(dtype=torch.float64)
         return loss, {"nats": nats, "count": counted.sum(), **aux}
+
+    def _own(self, batch: SequenceBatch) -> SequenceBatch:
+        """The part of the rows that this process holds, under sequence parallelism."""
+        return batch if self._sequence is None else split(batch, *self._sequence)
+
+    @property
+    def _sequence(self) -> Any:
+        """Group, place and number of the processes that hold the same rows (``SequenceParallel``); else None."""
+        return getattr(getattr(self._trainer, "strategy", None), "sequence", None)
 
     def _run(self, batch: SequenceBatch) -> BackboneOutput:
         return self.backbone(batch) if self.carried is None else self.carried.run(self.backbone, batch)
@@ -222,6 +232,8 @@ class SequenceTask(LightningModule):
             ``(b t)``; ``index`` ``(b)``; ``source``: where each row came from. All on the CPU.
         """
         batch = self.prepare(batch)
+        if self._sequence is not None:
+            raise ConfigError("predict writes rows that one process holds; set trainer.strategy=auto or ddp")
         assert batch.targets is not None
         nll = self.head.loss(self.backbone(batch).hidden, batch.targets)
         index = torch.arange(batch.shape[0]) if batch.index is None else batch.index.cpu()
@@ -237,7 +249,7 @@ class SequenceTask(LightningModule):
     def _evaluate(self, batch: SequenceBatch, part: str) -> dict[str, Tensor]:
         """Log a batch, and hand callbacks what it was made of, ``(b t)`` each: ``nll`` in nats, ``right`` (whether the
         most likely token is the target), ``counted``, ``targets``."""
-        batch = self.prepare(batch)
+        batch = self._own(self.prepare(batch))
         assert batch.targets is not None
         hidden = self.backbone(batch).hidden
         counted = _weight(batch) > 0
@@ -247,7 +259,8 @@ class SequenceTask(LightningModule):
         accuracy.update(predicted, batch.targets, counted)  # type: ignore[operator]
         for name, metric in (("bits", bits), ("accuracy", accuracy)):
             self.log(f"{part}/{name}", metric, on_step=False, on_epoch=True, batch_size=batch.shape[0])  # type: ignore[arg-type]
-        return {"nll": nll, "right": predicted == batch.targets, "counted": counted, "targets": batch.targets}
+        said = {"nll": nll, "right": predicted == batch.targets, "counted": counted, "targets": batch.targets}
+        return said if batch.fragment is None else {name: batch.fragment.join(value) for name, value in said.items()}
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 

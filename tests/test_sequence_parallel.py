@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -60,3 +61,41 @@ def test_fragments_are_the_row(ranks: int, names: list[str], tmp_path: Path) -> 
             if not away < 1e-12:
                 wrong.append(f"{case}: {name} {away:.1e}")
     assert not wrong, "\n".join(wrong)
+
+
+def losses(folder: Path) -> dict[tuple[str, int], float]:
+    """(name, step) -> value of what a run logged of training and validation, the last time it did."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    wanted = ("train/loss", "train/bits", "train/tokens", "val/bits", "val/accuracy")
+    return {(row["name"], int(row["step"])): float(row["value"]) for row in rows if row["name"] in wanted}
+
+
+def test_runs_on_more_processes_are_the_run_on_one(tmp_path: Path) -> None:
+    """Also where it goes on with another degree and another number of processes than it began with."""
+    command = [
+        "seqlong", "fit", "experiment=dna/demo", "data.length=128", "data.batch_size=4", "trainer.accelerator=cpu",
+        "trainer.log_every_n_steps=1", "trainer.val_check_interval=2", "trainer.limit_val_batches=2",
+        "model.backbone.mixers.m.class_path=seqlong.mixers.GatedDeltaNet", "~model.backbone.mixers.m.init_args",
+    ]  # fmt: skip
+    four = "trainer.strategy={class_path: seqlong.parallel.strategy.SequenceParallel, init_args: {degree: 2}}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(*words: str) -> None:
+        done = subprocess.run(
+            [*command, *words], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    run("run.dir=one", "trainer.max_steps=4")
+    earlier = "trainer.callbacks.checkpoints.init_args.mode=max"  # bits fall: the checkpoint of step 2 is kept
+    run("run.dir=many", "trainer.max_steps=4", "trainer.devices=4", four, earlier)
+    (middle,) = (tmp_path / "many" / "checkpoints").glob("best-2-*.ckpt")
+    two = ["trainer.devices=2", "trainer.strategy=sequence_parallel", f"--ckpt_path={middle}"]
+    run("run.dir=more", "trainer.max_steps=4", *two)
+    one, many, more = (losses(tmp_path / name) for name in ("one", "many", "more"))
+    assert {key for key in one if key[1] > 2} == set(more)
+    assert set(one) == set(many) and len(one) > 12
+    for key, value in one.items():
+        assert many[key] == pytest.approx(value, abs=2e-5), key
+        assert more.get(key, value) == pytest.approx(value, abs=2e-5), key
