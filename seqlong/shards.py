@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn, track
 from rich.table import Table
 
 from seqlong.datamodules.shards import (
@@ -140,15 +140,20 @@ def make(out: str | Path, paths: Sequence[str], size: int = 256 << 20, field_nam
     made: list[ShardIndex] = []
     held: list[_Sample] = []
     waiting, keys = 0, set()
-    for sample in _samples(paths, field_name):
-        if sample.key in keys:
-            raise DataError(f"two samples would be called '{sample.key}'; rename one of the files")
-        keys.add(sample.key)
-        if held and waiting + sample.size > size:
-            made.append(_write(folder / f"shard-{len(made):06d}.tar", held))
-            held, waiting = [], 0
-        held.append(sample)
-        waiting += sample.size
+    console = Console(stderr=True)
+    columns = (TextColumn("Packing"), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        for sample in _samples(paths, field_name):
+            if sample.key in keys:
+                raise DataError(f"two samples would be called '{sample.key}'; rename one of the files")
+            keys.add(sample.key)
+            if held and waiting + sample.size > size:
+                made.append(_write(folder / f"shard-{len(made):06d}.tar", held))
+                held, waiting = [], 0
+            held.append(sample)
+            waiting += sample.size
+            bar.advance(task, sample.size)
     if not held:
         raise DataError(f"{', '.join(paths)}: found no files to put into shards")
     made.append(_write(folder / f"shard-{len(made):06d}.tar", held))

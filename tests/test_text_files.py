@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import pickle
 import tracemalloc
 
 import numpy as np
@@ -127,6 +128,8 @@ def test_rows_have_the_names_of_their_lines(tmp_path):
     assert corpus.words.tolist() == [2, 3] and corpus.text_bytes.tolist() == [7, 16]
     assert corpus.read(0, 0, 9).tolist() == [2, *(byte + 4 for byte in b"one two"), 3]
     assert corpus.text(1, 0, int(corpus.lengths[1])) == b"three\tfour  five"
+    packed = pickle.dumps(corpus)  # for workers that are started, not forked: the way to the file, not what it holds
+    assert len(packed) < 10_000 and pickle.loads(packed).read(0, 1, 8).tolist() == corpus.read(0, 1, 8).tolist()
 
 
 @pytest.mark.parametrize("chunk", [7, 64])

@@ -343,7 +343,8 @@ class TextData(SequenceData):
                 "the tokenizer that it was trained with"
             )
         ours = ",".join(digest for corpus in self.corpora for digest in corpus.digests)
-        if state_dict.get("text", ours) != ours:
+        training = self.trainer is None or self.trainer.training
+        if training and state_dict.get("text", ours) != ours:
             log.warning("the text is not the one that the checkpoint was trained on; going on in another order")
 
     def training_batches(self) -> Dataset[SequenceBatch]:
