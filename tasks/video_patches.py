@@ -279,26 +279,19 @@ class VideoPrediction(PatchTask):
         real = torch.ones(batch.shape, dtype=torch.bool, device=batch.patches.device)
         if batch.segment_ids is not None:
             real = batch.segment_ids != 0
-        step = 1 if self.ahead == 0 else self._step(batch.positions)
-        if self.ahead and step is None:
-            raise ConfigError(
-                "VideoPrediction with ahead 1 or more needs data.tubelets.order=space; or set task.ahead=0"
-            )
-        by = min((step or 1) * max(self.ahead, 1), length)
+        by = min(1 if self.ahead == 0 else self._step(batch.positions[real.sum(dim=1).argmax()]) * self.ahead, length)
         aim = torch.cat([batch.patches[:, by:], torch.zeros_like(batch.patches[:, :by])], dim=1)
-        there = torch.cat([real[:, by:], torch.zeros_like(real[:, :by])], dim=1)
+        there = torch.zeros_like(real)
+        there[:, : length - by] = real[:, by:]
+        if self.ahead:
+            now, then = batch.positions[:, : length - by], batch.positions[:, by:]
+            same = (now[..., 1:] == then[..., 1:]).all(dim=-1) & (then[..., 0] - now[..., 0] == self.ahead)
+            there[:, : length - by] &= same
         return batch, aim, real & there
 
     @staticmethod
-    def _step(positions: Tensor) -> int | None:
-        """Patches of a picture, where pictures stand one after the other."""
+    def _step(positions: Tensor) -> int:
+        """How far apart in a row two patches stand that follow each other at one place."""
         first = positions[0]
-        same = (first[:, 1:] == first[0, 1:]).all(dim=1).nonzero()[:, 0]
-        if len(same) < 2:
-            return len(first)
-        step = int(same[1])
-        return (
-            step
-            if int(first[step, 0]) == int(first[0, 0]) + 1 and int(first[step - 1, 0]) == int(first[0, 0])
-            else None
-        )
+        after = ((positions[:, 1:] == first[1:]).all(dim=1) & (positions[:, 0] == first[0] + 1)).nonzero()
+        return int(after[0]) if len(after) else len(positions)

@@ -51,7 +51,7 @@ class SyntheticVideo(SequenceData):
         frames: int = 12,
         size: int = 24,
         tubelets: Tubelets = Tubelets(1, 8, 8),  # noqa: B008 (frozen)
-        batch_size: int = 24,
+        batch_size: int = 32,
         labels: bool = True,
         eval_frames: int | None = None,
         eval_rows: int = 512,
