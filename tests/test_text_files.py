@@ -176,6 +176,21 @@ def test_a_document_that_is_dropped_in_its_middle_leaves_the_others(tmp_path):
     assert corpus.notes() == [f"1 document not UTF-8, skipped: {bad}"]
 
 
+def test_files_that_are_no_text_can_be_skipped_and_are_counted(tmp_path):
+    for name, content in (("a.txt", b""), ("b.txt", b"x\0"), ("c.txt.gz", gzip.compress(b"x" * 10**5)[:-20])):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "d.txt").write_bytes(b"text")
+    with pytest.raises(DataError, match=r"a\.txt: the file is empty"):
+        Corpus(str(tmp_path), ByteVocabulary(), Reading(), tmp_path / "cache")
+    corpus = Corpus(str(tmp_path), ByteVocabulary(), Reading(unreadable="skip"), tmp_path / "cache")
+    assert len(corpus) == 1 and corpus.text(0, 0, 6) == b"text"
+    names = f"{tmp_path / 'b.txt'}, {tmp_path / 'c.txt.gz'}"
+    assert corpus.notes() == [
+        f"1 document empty, skipped: {tmp_path / 'a.txt'}",
+        f"2 documents no text in UTF-8, or cut off, skipped: {names}",
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

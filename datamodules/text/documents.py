@@ -95,17 +95,25 @@ def read_documents(
         DataError: anything wrong with the file, with the line or row.
     """
     kind = kind_of(path)
-    if kind == "parquet":
+    if reading.unreadable == "skip" and path.stat().st_size == 0:
+        tally.add("empty, skipped", path, 0)
+    elif kind == "parquet":
         yield from _parquet(path, reading, tally, progress)
     elif kind == "tar":
         yield from _tar(path, reading, tally, progress)
-    else:
+    elif kind == "jsonl":
         with open_bytes(path, progress) as file:
-            if kind == "jsonl":
-                yield from _jsonl(path, file, reading, tally)
-            else:
-                yield Start(0)
+            yield from _jsonl(path, file, reading, tally)
+    else:
+        yield Start(0)
+        try:
+            with open_bytes(path, progress) as file:
                 yield from _decoded(path, file, reading, tally, 0)
+        except DataError:
+            if reading.unreadable != "skip":
+                raise
+            tally.add("no text in UTF-8, or cut off, skipped", path, 0)
+            yield Drop()
 
 
 def _decoded(path: Path, file: io.BufferedIOBase, reading: Reading, tally: Tally, row: int) -> Iterator[Event]:

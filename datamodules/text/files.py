@@ -109,7 +109,7 @@ def open_bytes(path: Path, progress: Callable[[int], None] | None = None) -> Ite
     except PermissionError as error:
         raise DataError(f"{path}: may not be read: permission is denied; mend it with chmod") from error
     if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty; expected text. Delete it, or leave it out")
+        raise DataError(f"{path}: the file is empty; expected text. Delete it, or set data.unreadable=skip")
     suffix = path.suffix.lower()
     try:
         if suffix == ".zst":

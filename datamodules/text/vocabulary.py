@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -242,6 +243,8 @@ def load_vocabulary(tokenizer: str, bos: str | None = None, eos: str | None = No
 
 
 def _load(path: Path) -> Any:
+    # Unless it is said that threads are wanted, the library warns in every loader's worker, none of which tokenises.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tokenizers import Tokenizer
 
     if path.is_dir() and (path / "tokenizer.json").is_file():
