@@ -44,10 +44,10 @@ def test_what_is_drawn_has_the_probabilities_of_the_model() -> None:
 
 
 def test_a_row_of_a_seed_is_the_same_however_many_are_drawn() -> None:
-    three = drawn(b"ACG", 30, count=3, seed=5, temperature=20.0)
+    three = drawn(b"ACG", 12, count=3, seed=5, temperature=20.0)
     assert (
-        drawn(b"ACG", 30, count=1, seed=5, temperature=20.0) == three[:1]
-        and drawn(b"ACG", 30, count=2, seed=6, temperature=20.0) == three[1:]
+        drawn(b"ACG", 12, count=1, seed=5, temperature=20.0) == three[:1]
+        and drawn(b"ACG", 12, count=2, seed=6, temperature=20.0) == three[1:]
     )
     assert len(set(three)) == 3
 
@@ -66,13 +66,13 @@ def test_cuts() -> None:
 
 def test_headers_tell_the_bits_of_what_was_drawn() -> None:
     model, prompt, file = causal_model(), "ACGTT", io.BytesIO()
-    write(model, iter([prompt.encode()]), 100, 1, Sampling(temperature=9.0), file.write)
+    write(model, iter([prompt.encode()]), 84, 1, Sampling(temperature=9.0), file.write)
     head, *lines = file.getvalue().decode().splitlines()
     text = "".join(lines)
-    assert len(text) == 100 and len(lines[0]) == 80
+    assert len(text) == 84 and len(lines[0]) == 80
     said = model.logits(letters(prompt + text))[0][0, :, 4:8].log_softmax(dim=-1)
-    bits = -sum(said[4 + i, "ACGT".index(base)].item() for i, base in enumerate(text)) / 100 / math.log(2)
-    assert f"bits={bits:.4f}" in head and "length=100" in head
+    bits = -sum(said[4 + i, "ACGT".index(base)].item() for i, base in enumerate(text)) / 84 / math.log(2)
+    assert f"bits={bits:.4f}" in head and "length=84" in head
 
 
 def test_the_state_is_all_that_is_kept() -> None:
@@ -87,7 +87,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbina
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path)
     (tmp_path / "p.fa").write_text(">one\nACGTAC\nGTTT\n>two\nAAAA\n")
-    words = ["generate", "--ckpt", "last", "--length", "30"]
+    words = ["generate", "--ckpt", "last", "--length", "12"]
     assert main([*words, "--prompt-file", "p.fa", "--count", "2", "--output", "g.fa"]) == 0
     assert (tmp_path / "g.fa").read_text().count(">generated_") == 2
     assert main([*words, "--prompt", "acgtacgttt"]) == 0

@@ -53,7 +53,7 @@ def whole(model: Model, strand: Strand, variant: Variant, window: Window, indels
 def some_variants(strand: Strand, seed: int = 0) -> list[Variant]:
     rng = np.random.default_rng(seed)
     found = []
-    places = [0, 1, 2, 5, strand.length - 1, strand.length - 3, *rng.integers(0, strand.length - 6, 14).tolist()]
+    places = [0, 1, 2, 5, strand.length - 1, strand.length - 3, *rng.integers(0, strand.length - 6, 9).tolist()]
     for number, start in enumerate(places):
         size = min([1, 1, 2, 0, 4][number % 5], strand.length - start)
         ref = strand.read(start, start + size).tobytes()

@@ -166,7 +166,7 @@ def test_a_bgzip_file_without_its_last_block_is_cut_short(tmp_path: Path, genome
 def test_an_interrupted_command_goes_on_without_losing_or_repeating(
     tmp_path: Path, genome: Genome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = written(tmp_path, *(snv(pos) for pos in range(100, 400, 30)))
+    source = written(tmp_path, *(snv(pos) for pos in range(100, 200, 10)))
     verb.score_file(causal_model(), genome, source, SETTINGS, None, tmp_path / "whole.tsv")
     scored, real = [], verb.score_alleles
 
