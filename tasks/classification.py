@@ -24,8 +24,9 @@ class SequenceClassification(LabelledTask):
         schedule: the learning rate over the run.
         several: whether a sequence may have several labels, or none (data.labels=multilabel).
         pool: from the states of a sequence to one: ``mean``; ``last``, which has seen all where mixers are causal;
-            ``max``; ``attentive``, a learnt weighting; ``echo``: the sequence is read twice and the second copy's mean
-            taken, so that causal mixers see it whole from everywhere.
+            ``max``; ``attentive``, a learnt weighting; ``places``, a learnt weight for each place, for sequences that
+            are aligned (around a start or a splice site); ``echo``: the sequence is read twice and the second copy's
+            mean taken, so that causal mixers see it whole from everywhere.
         rc: what to do about the other strand. ``none``: nothing, as RNA or codons want. ``augment``: training turns
             half of the sequences. ``average``: that, and answers are means over both strands, at twice the work.
             ``equivariant``: the backbone reads both with the same weights, and answers are the same for either.

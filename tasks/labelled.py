@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from seqlong.backbone import BackboneConfig, BackboneOutput
@@ -265,6 +267,22 @@ class LabelledTask(SequenceTask):
         for name, value in metric.compute().items():  # type: ignore[operator]
             self.log(f"{part}/{name}", value)
         metric.reset()  # type: ignore[operator]
+
+    def on_test_end(self) -> None:
+        """Print the scores of the test beside those of the floors."""
+        trainer = self.trainer
+        floors = getattr(getattr(trainer, "datamodule", None), "floors", None)
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        listed = [floor for floor in floors() if "test" in floor] if callable(floors) and trainer.is_global_zero else []
+        if not listed:
+            return
+        table = Table("test", "this model", *(str(floor["name"]) for floor in listed), title="Beside linear models")
+        for name in listed[0]["test"]:
+            for key, part in ((name, "test"), (f"unseen/{name}", "test_unseen")):
+                if f"test/{key}" in found:
+                    cells = [f"{floor[part][name]:.4f}" if part in floor else "" for floor in listed]
+                    table.add_row(key, f"{found[f'test/{key}']:.4f}", *cells)
+        Console().print(table)
 
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> dict[str, Any]:
         """What the model says of each record.

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from seqlong.batch import SequenceBatch
 
 #: How the states of a record become one.
-Pooling = Literal["mean", "last", "max", "attentive", "echo"]
+Pooling = Literal["mean", "last", "max", "attentive", "places", "echo"]
+
+#: Places that ``places`` tells apart; longer records are cut into so many stretches.
+PLACES = 512
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ class Pool(nn.Module):
     - ``last``: that of the last position, which has seen the whole record where mixers are causal.
     - ``max``: the largest of each channel.
     - ``attentive``: ``Σ a_t h_t``, ``a = softmax(w·h_t / √d)`` over the record, w learnt, 0 at first (the mean).
+    - ``places``: ``Σ p_i(t) h_t / n``, a learnt weight for each place and channel, 1 at first (the mean). For records
+      that are aligned, as around a start or a splice site. Place ``i(t) = t``; beyond 512 bases, its stretch.
     - ``echo``: the mean over the second copy of a record that was read twice (``repeated``).
 
     Args:
@@ -137,6 +142,9 @@ class Pool(nn.Module):
         self.query = nn.Parameter(torch.zeros(width)) if how == "attentive" else None
         if self.query is not None:
             self.query._no_weight_decay = True  # type: ignore[attr-defined]
+        self.places = nn.Parameter(torch.ones(PLACES, width)) if how == "places" else None
+        if self.places is not None:
+            self.places._no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(self, hidden: Float[Tensor, "b t d"], spans: Spans, turned: bool = False) -> Float[Tensor, "s d"]:
         """States of the records, float32 (float64 if hidden is).
@@ -159,6 +167,13 @@ class Pool(nn.Module):
         if self.how == "max":
             empty = flat.new_full((count + 1, flat.shape[1]), -math.inf)
             return empty.scatter_reduce(0, wide, flat, "amax")[:count]
+        if self.places is not None and count:
+            known = owner.clamp(max=count - 1)
+            steps = torch.arange(owner.numel(), device=owner.device)
+            place = (spans.ends[known] - steps) if turned else (steps - spans.starts[known])
+            sizes = (spans.ends - spans.starts + 1)[known]
+            index = torch.where(sizes > PLACES, place * PLACES // sizes, place).clamp(0, PLACES - 1)
+            flat = flat * self.places.to(flat.dtype)[index]
         weight = torch.ones_like(flat[:, 0])
         if self.query is not None:
             score = flat @ self.query.to(flat.dtype) / math.sqrt(flat.shape[1])

@@ -26,8 +26,8 @@ class SequenceRegression(LabelledTask):
         values: how many a sequence has; the data must have as many columns.
         optimizer: AdamW's settings.
         schedule: the learning rate over the run.
-        pool: from the states of a sequence to one: ``mean``, ``last``, ``max``, ``attentive`` or ``echo``; see
-            SequenceClassification.
+        pool: from the states of a sequence to one: ``mean``, ``last``, ``max``, ``attentive``, ``places`` or ``echo``;
+            see SequenceClassification.
         rc: what to do about the other strand: ``none``, ``augment``, ``average`` or ``equivariant``; see
             SequenceClassification.
         dropout: share of the pooled state's channels that training leaves out.

@@ -66,19 +66,21 @@ def turned(sequence: list[int]) -> list[int]:
     return [11 - token for token in reversed(sequence)]
 
 
-@pytest.mark.parametrize("how", ["mean", "last", "max", "attentive", "echo"])
+@pytest.mark.parametrize("how", ["mean", "last", "max", "attentive", "places", "echo"])
 @pytest.mark.parametrize("rc", ["none", "average", "equivariant"])
 def test_packed_records_are_read_as_if_alone(how: str, rc: str) -> None:
     task = SequenceClassification(architecture(), 3, pool=how, rc=rc).eval()  # type: ignore[arg-type]
     if task.pool.query is not None:
         torch.nn.init.normal_(task.pool.query)
+    if task.pool.places is not None:
+        torch.nn.init.normal_(task.pool.places)
     together = task(batch_of(SEQUENCES, ROWS, 14))
     for number, sequence in enumerate(SEQUENCES):
         alone = task(batch_of([sequence], [[0]], len(sequence)))
         torch.testing.assert_close(together[number], alone[0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["mean", "last", "attentive", "echo"])
+@pytest.mark.parametrize("how", ["mean", "last", "attentive", "places", "echo"])
 @pytest.mark.parametrize(("rc", "same"), [("none", False), ("average", True), ("equivariant", True)])
 def test_strands_give_the_same_answer_where_promised(how: str, rc: str, same: bool) -> None:
     task = SequenceClassification(architecture(both=False), 3, pool=how, rc=rc).eval()  # type: ignore[arg-type]
@@ -107,11 +109,16 @@ def test_pooling_is_what_the_formulas_say() -> None:
     pool = Pool(6, "attentive")
     torch.nn.init.normal_(pool.query)  # type: ignore[arg-type]
     found = {how: Pool(6, how)(hidden, spans) for how in ("mean", "last", "max")} | {"attentive": pool(hidden, spans)}
+    by_place = Pool(6, "places")
+    torch.nn.init.normal_(by_place.places)  # type: ignore[arg-type]
+    found["places"] = by_place(hidden, spans)
     flat = hidden.flatten(0, 1)
     for number, (start, end) in enumerate(zip(batch.starts, batch.ends, strict=True)):
         states = flat[start : end + 1]
         weight = (states @ pool.query / math.sqrt(6)).softmax(0)
-        expected = {"mean": states.mean(0), "last": states[-1], "max": states.amax(0), "attentive": weight @ states}
+        each = by_place.places[: len(states)] * states  # type: ignore[index]
+        expected = {"mean": states.mean(0), "last": states[-1], "max": states.amax(0)}
+        expected |= {"attentive": weight @ states, "places": each.mean(0)}
         for how, value in expected.items():
             torch.testing.assert_close(found[how][number], value, atol=1e-5, rtol=1e-5)
 
