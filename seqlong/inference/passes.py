@@ -313,7 +313,8 @@ def chunk_of(model: Model, asked: int | None, every: int) -> int:
     Raises:
         ConfigError: less than a bin was asked for.
     """
-    size = asked or (1 << 18 if model.device.type == "cuda" else 1 << 15)
+    size = asked or (min(1 << 18, max(8192, (1 << 28) // model.width)) if model.device.type == "cuda" else 1 << 15)
+    size = max(size, every) if asked is None else size
     if size < every:
         raise ConfigError(f"--chunk {size:,} is less than a bin of {every:,} bases; give at least that")
     return size // every * every

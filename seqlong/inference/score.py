@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -90,7 +91,7 @@ def command(words: Sequence[str]) -> int:
     parser.add_argument("--circular", nargs="*", default=(), metavar="CONTIG", help="contigs that are rings")
     parser.add_argument("--rename", nargs="+", default=(), metavar="A=B", help="VCF's contig A is the reference's B")
     parser.add_argument("--truth", metavar="FIELD=VALUE", help="INFO that says which are damaging: prints the AUROC")
-    parser.add_argument("--batch-tokens", type=integer, help="positions to run at once; 16,384, on a GPU 524,288")
+    parser.add_argument("--batch-tokens", type=integer, help="positions to run at once; by itself: up to 524,288")
     given = parser.parse_args(list(words))
     windows = tuple(Window(length, given.after) for length in given.window)
     renamed = dict(text.partition("=")[::2] for text in given.rename)
@@ -104,7 +105,7 @@ def command(words: Sequence[str]) -> int:
     settings = Settings(
         windows,
         given.indels,
-        given.batch_tokens or (524288 if gpu else 16384),
+        given.batch_tokens or default_batch(model),
         batch=2048 if gpu else 256,
         renamed=renamed,
     )
@@ -115,6 +116,13 @@ def command(words: Sequence[str]) -> int:
     output = Path(given.output or f"{name}.scored.vcf.gz") if given.output or not given.tsv else None
     score_file(model, genome, Path(given.variants), settings, output, given.tsv, given.ref_mismatch, truth)
     return 0
+
+
+def default_batch(model: Model) -> int:
+    """Positions to run at once: as many as tens of GiB hold on a GPU, as many as caches like on a CPU."""
+    if model.device.type != "cuda":
+        return 16384
+    return min(524288, max(8192, (1 << 29) // model.width))
 
 
 def score_file(
@@ -202,7 +210,13 @@ def _score_all(model: Model, source: Path, contigs: Contigs, settings: Settings,
         done = journal.done
         for several in _batched(islice(records(source), done, None), settings.batch):
             found = [alleles(record, contigs, settings.longest) for record in several]
-            values = score_alleles(model, contigs.genome, [one for line in found for one in line], settings)
+            try:
+                values = score_alleles(model, contigs.genome, [one for line in found for one in line], settings)
+            except torch.OutOfMemoryError as error:
+                raise ConfigError(
+                    f"the GPU has too little memory for batches of {settings.batch_tokens:,} positions; give "
+                    f"--batch-tokens {max(1024, settings.batch_tokens // 4)}. What is done already is kept"
+                ) from error
             rows = iter(values.reshape(len(values), -1))
             lines = []
             for number, line in enumerate(found):
