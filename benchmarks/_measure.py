@@ -26,7 +26,7 @@ class Family:
         make: (rows, length, device) -> inputs; with a time axis they are (b, t, ...).
         learnt: names of the inputs whose gradients are timed; none: only the forward pass is.
         timed: names of the inputs that have a time axis.
-        reference: inputs -> output, in float32 torch.
+        reference: inputs -> output, our chunked form, which is given float32.
         flops: of one position, forward and backward together; 0 where nobody counted.
         softmax: whether attention with softmax, another function of these inputs, may stand beside it.
     """
@@ -157,7 +157,7 @@ def _error(got: Tensor, expected: Tensor) -> float:
 
 
 def _errors(family: Family, inputs: Inputs, grad: Tensor, got: Inputs) -> dict[str, float]:
-    """Relative errors at the end of the last row, where addresses are largest, against the float32 definition.
+    """Relative errors at the end of the last row, where addresses are largest, against ``reference``.
 
     The reference starts ``LEAD`` positions before; what came earlier has decayed by then. Gradients of inputs without a
     time axis sum over all positions and are compared only where the reference sees them all.

@@ -6,8 +6,10 @@ from a CUDA graph) and, for us alone, the fraction of two floors: every tensor m
 every product at the speed of a large one, both measured in this run.
 
 Every contender runs in a process of its own, so that a crash, a hang or an out-of-memory of one costs its row only.
-Each result is compared with the float32 definition, at the end of the last row where addresses are largest; one that is
-wrong says so in its name. ``--log FILE`` keeps every measurement as it comes; ``--read FILE`` makes the table from it.
+Each result is compared with our chunked form in float32 (which tests hold against the definition), at the end of the
+last row where addresses are largest; one that is wrong says so in its name. Softmax attention and ``once``, which
+compute something else, are not compared. ``--log FILE`` keeps every measurement as it comes; ``--read FILE`` makes the
+table from it.
 """
 
 from __future__ import annotations

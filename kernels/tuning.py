@@ -7,7 +7,7 @@ shipped for this kind of GPU (``tuned/h100.json`` beside this module), and the o
 kernels now and then, so the first use of a configuration compares it with the chunked form on small inputs; verdicts
 are remembered on disk until the kernel's source, Triton, torch, seqlong or the GPU changes.
 
-An op asks in its forward pass, and hands the answer to its backward pass::
+An op asks in its forward pass. Its backward pass is handed the answer, or asks again, which must give the same::
 
     config = settle("scalar_decay", key(v.dtype, k=64, v=64), DEFAULT, v.device)
     if config is None:
