@@ -127,7 +127,7 @@ class Pool(nn.Module):
     - ``last``: that of the last position, which has seen the whole record where mixers are causal.
     - ``max``: the largest of each channel.
     - ``attentive``: ``Σ a_t h_t``, ``a = softmax(w·h_t / √d)`` over the record, w learnt, 0 at first (the mean).
-    - ``places``: ``Σ p_i(t) h_t / n``, a learnt weight for each place and channel, 1 at first (the mean). For records
+    - ``places``: ``Σ p_i(t) h_t / √n``, a learnt weight for each place and channel, 1 at first. For records
       that are aligned, as around a start or a splice site. Place ``i(t) = t``; beyond 512 bases, its stretch.
     - ``echo``: the mean over the second copy of a record that was read twice (``repeated``).
 
@@ -173,7 +173,7 @@ class Pool(nn.Module):
             place = (spans.ends[known] - steps) if turned else (steps - spans.starts[known])
             sizes = (spans.ends - spans.starts + 1)[known]
             index = torch.where(sizes > PLACES, place * PLACES // sizes, place).clamp(0, PLACES - 1)
-            flat = flat * self.places.to(flat.dtype)[index]
+            flat = flat * self.places.to(flat.dtype)[index] * sizes.to(flat.dtype).sqrt()[:, None]
         weight = torch.ones_like(flat[:, 0])
         if self.query is not None:
             score = flat @ self.query.to(flat.dtype) / math.sqrt(flat.shape[1])

@@ -118,7 +118,7 @@ def test_pooling_is_what_the_formulas_say() -> None:
         weight = (states @ pool.query / math.sqrt(6)).softmax(0)
         each = by_place.places[: len(states)] * states  # type: ignore[index]
         expected = {"mean": states.mean(0), "last": states[-1], "max": states.amax(0)}
-        expected |= {"attentive": weight @ states, "places": each.mean(0)}
+        expected |= {"attentive": weight @ states, "places": each.sum(0) / len(states) ** 0.5}
         for how, value in expected.items():
             torch.testing.assert_close(found[how][number], value, atol=1e-5, rtol=1e-5)
 
