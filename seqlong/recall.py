@@ -63,10 +63,9 @@ def _tasks() -> list[str]:
 
 
 def _list() -> None:
-    table = Table("task", "what it asks", box=None)
+    widest = max(map(len, _tasks()))
     for name in _tasks():
-        table.add_row(name, summary("experiment", _GROUP + name))
-    Console().print(table)
+        print(f"  {name:<{widest}}  {summary('experiment', _GROUP + name)}")
     print("\ntrain on one: seqlong fit experiment=recall/<task>     ask a trained model: seqlong recall RUN TASK ...")
 
 
