@@ -251,12 +251,16 @@ def _draw(content: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylim(-3, 104)
         axis.set_title(title, fontsize=9.5, loc="left")
         axis.set_xlabel(name, fontsize=9)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
         axis.grid(color="#e4e7ea", linewidth=0.7)
         for chance in chances:
             axis.axhline(100 * chance, color="#5d6772", linewidth=0.9, linestyle="--")
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    right.margins(x=0.3)
+    rates = sorted({point["lr"] for one in content for point in one["every_lr"]})
+    left.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    right.margins(x=0.5)
     left.legend(fontsize=7.5, frameon=False)
     figure.savefig(path, dpi=130)
 
