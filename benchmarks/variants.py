@@ -1,9 +1,10 @@
 """Variants a second of `seqlong score`: against scoring both whole windows of every variant, with the same model.
 
 Every variant is scored on both strands. The peer is what tools without states do: a window for the reference and one
-for the allele, each read from its first base, in batches of as many positions (the faster of two sizes). Its scores are
-compared with ours. "Dense" is every change of neighbouring bases, as in saturation mutagenesis; "sparse" has a variant
-every two windows, so that only the left context of its own alleles can be shared. On a CPU it is the processor's time.
+for the allele, each read from its first base, in batches of as many positions (on a CPU the faster of two sizes). Its
+scores are compared with ours. "Dense" is every change of neighbouring bases, as in saturation mutagenesis; "sparse" has
+a variant every two windows, so that only the left context of its own alleles can be shared. On a CPU it is the time of
+the processor.
 """
 
 from __future__ import annotations
@@ -86,15 +87,16 @@ def rows(checkpoint: str | None, lengths: Sequence[int], dense: int, sparse: int
     """Measure, one row at a time."""
     model = load(checkpoint) if checkpoint else untrained()
     gpu = model.device.type == "cuda"
-    batches = (131072, 524288) if gpu else (4096, 16384)
+    batches = (262144,) if gpu else (4096, 16384)
     genome = Genome.open("ecoli")
     strands = [Strand(genome, 0), Strand(genome, 0, True)]
     name = f"{sum(p.numel() for p in model.task.parameters()) / 1e6:.1f} M parameters"
     for length in lengths:
         window = Window(length)
+        fewer = max(1, length // lengths[0])  # so that each length reads about as many bases
         cases = {
-            "dense": substitutions(strands[0], range(1_000_000, 1_000_000 + dense // 3), 3),
-            "sparse": substitutions(strands[0], [500_000 + 2 * length * n for n in range(sparse)], 1),
+            "dense": substitutions(strands[0], range(1_000_000, 1_000_000 + max(16, dense // 3 // fewer)), 3),
+            "sparse": substitutions(strands[0], [500_000 + 2 * length * n for n in range(max(4, sparse // fewer))], 1),
         }
         for what, variants in cases.items():
             best = []
@@ -136,6 +138,6 @@ if __name__ == "__main__":
     if not on_gpu:
         torch.set_num_threads(1)
     sizes = [int(text) for text in given.lengths.split(",")] if given.lengths else [8192, 65536] if on_gpu else [2048]
-    many = given.dense or (3072 if on_gpu else 48)
-    few = given.sparse or (256 if on_gpu else 8)
-    main("variants", rows(given.ckpt, sizes, many, few, given.repeats or (3 if on_gpu else 1)))
+    many = given.dense or (768 if on_gpu else 48)
+    few = given.sparse or (64 if on_gpu else 6)
+    main("variants", rows(given.ckpt, sizes, many, few, given.repeats or (2 if on_gpu else 1)))
