@@ -78,5 +78,7 @@ def test_mistakes_are_told() -> None:
         function(x, dt, a, b[:, :6], c)
     with pytest.raises(ValueError, match=r"needs a state of \(2, 3, 5\), found \(2, 5, 3\)"):
         function(x, dt, a, b, c, initial_state=torch.zeros(2, 5, 3))
-    with pytest.raises(ValueError, match=r"needs starts of \(2, 7\)"):
+    with pytest.raises(ValueError, match=r"needs starts of shape \(2, 7\)"):
         function(x, dt, a, b, c, starts=torch.zeros(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="needs starts of type bool"):
+        function(x, dt, a, b, c, starts=torch.zeros(2, 7, dtype=torch.int64))

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from seqlong.kernels.attention.reference import attention_reference, first_of_segments, run_starts
 from seqlong.kernels.dispatch import choose
+from seqlong.kernels.inputs import four_axes, heads_of_groups, shaped
+from seqlong.kernels.precision import accumulation
 
 OFFERED = {
     "sdpa": "one segment a row: torch's fused attention (cuDNN, then flash, then memory-efficient)",
@@ -79,7 +81,7 @@ def _block_mask(
         seen = (seen & same[:, None]) | lost[:, None]
     if slopes is None:
         return seen
-    kept = torch.float64 if like.dtype == torch.float64 else torch.float32
+    kept = accumulation(like.dtype)
     bias = -slopes.to(kept)[:, None, None] * distance.abs()
     return bias.masked_fill(~seen, -torch.inf).to(like.dtype)
 
@@ -251,6 +253,49 @@ def _by_varlen(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], boundar
     return out.view(rows, length, *out.shape[1:])
 
 
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    slopes: Tensor | None = None,
+    boundaries: Boundaries | None = None,
+    sinks: int = 0,
+    always: Tensor | None = None,
+) -> None:
+    """Raise a ValueError that names what does not fit, what was expected and what was found."""
+    four_axes("attention", {"q": q, "k": k, "v": v})
+    (rows, length, heads, width), (keys, groups) = q.shape, k.shape[1:3]
+    heads_of_groups("attention", heads, groups)
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "k": (k, (rows, keys, groups, width)),
+        "v": (v, (rows, keys, groups, v.shape[3])),
+        "query_ids": (query_ids, (rows, length)),
+        "key_ids": (key_ids, (rows, keys)),
+        "slopes": (slopes, (heads,)),
+        "always": (always, (rows, keys)),
+    }
+    shaped("attention", expected)
+    if (causal or window is not None) and keys < length:
+        raise ValueError(f"attention needs keys for all {length} queries, found {keys}")
+    if window is not None and window < 1:
+        raise ValueError(f"attention needs a window of at least 1 position, found {window}")
+    # Documents that share a row would see each other, and nobody would know.
+    if (query_ids is None) != (key_ids is None):
+        found = "query_ids" if key_ids is None else "key_ids"
+        raise ValueError(f"attention needs query_ids and key_ids, or neither, found {found} alone")
+    if boundaries is not None and query_ids is None:
+        raise ValueError("attention needs query_ids and key_ids with boundaries, which say where they change")
+    if sinks and (window is None or not causal or slopes is not None):
+        raise ValueError("sinks are kept beyond a window, before a token: they need window, causal=True and no slopes")
+    if always is not None and not sinks:
+        raise ValueError("attention needs sinks with always, which says where they are")
+
+
 def attention(
     q: Float[Tensor, "b t h k"],
     k: Float[Tensor, "b s g k"],
@@ -289,10 +334,12 @@ def attention(
         The mixed values, in v's type. Time O(t s), or O(t window); memory O(t).
 
     Raises:
-        ValueError: sinks with what they do not go with.
+        ValueError: shapes do not fit, or settings do not go together, or the implementation asked for cannot serve.
     """
-    if sinks and (window is None or not causal or slopes is not None):
-        raise ValueError("sinks are kept beyond a window, before a token: they need window, causal=True and no slopes")
+    check(
+        q, k, v, causal=causal, window=window, query_ids=query_ids, key_ids=key_ids, slopes=slopes,
+        boundaries=boundaries, sinks=sinks, always=always,
+    )  # fmt: skip
     cached = k.shape[1] != q.shape[1]
     flash = _varlen_options(q, causal, window)
     possible = ["blocks", "reference"]  # these do everything; what else can serve depends on what is asked

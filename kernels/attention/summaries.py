@@ -37,7 +37,12 @@ def summary_attention(
 
     Returns:
         The mixed values, in v's type; 0 where a query sees nothing. Time O(t (n + 512)); memory O(t).
+
+    Raises:
+        ValueError: one of own_k and own_v without the other, or there is no such implementation.
     """
+    if (own_k is None) != (own_v is None):
+        raise ValueError("summary_attention needs own_k and own_v, or neither, found one alone")
     choice = choose("summary_attention", OFFERED, "blocks", implementation).implementation
     if choice == "reference":
         return summary_attention_reference(q, k, v, every, offset, own_k, own_v)

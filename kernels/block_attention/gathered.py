@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from seqlong.kernels.precision import accumulation
 
 #: Numbers that the keys gathered for a piece of queries may have: they stay in a CPU's cache, and fill a GPU.
 BUDGET = 1 << 22
@@ -26,7 +29,7 @@ class _Pieces:
         self.keys, self.shared = k.shape[1:3]
         self.block, self.groups, self.count = block, chosen.shape[2], chosen.shape[3]
         self.offset, self.full = self.keys - self.length, self.keys // block
-        self.kept = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.kept = accumulation(q.dtype)
         self.q, self.k, self.v, self.chosen = q, k, v, chosen
         self.tables = [self.table(x) for x in (k, v)]
         # Row of the tables where the blocks of a row and group begin.
@@ -98,7 +101,7 @@ class _Gathered(torch.autograd.Function):
         ctx.block = block
         # Written in place: what is kept must not lie between what comes and goes, which would scatter the memory.
         output = v.new_empty(*q.shape[:3], v.shape[3])
-        sums = q.new_empty(*q.shape[:3], 1, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+        sums = q.new_empty(*q.shape[:3], 1, dtype=accumulation(q.dtype))
         with torch.autocast(q.device.type, enabled=False):
             pieces = _Pieces(q, k, v, chosen, block)
             for here, own in pieces:
@@ -115,6 +118,7 @@ class _Gathered(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable  # what is kept, the sums of weights, has no gradient: a second derivative would be wrong
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
         q, k, v, chosen, output, total = ctx.saved_tensors
         dq = torch.empty_like(q)

@@ -9,11 +9,34 @@ from torch import Tensor
 from seqlong.kernels.block_attention.gathered import block_attention_gathered
 from seqlong.kernels.block_attention.reference import block_attention_reference
 from seqlong.kernels.dispatch import choose
+from seqlong.kernels.inputs import four_axes, said, shaped
 
 OFFERED = {
     "gathered": "torch, any device: the chosen keys are gathered for some queries at a time",
     "reference": "float64 loop over queries",
 }
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block: int) -> None:
+    """Raise a ValueError that names what does not fit, what was expected and what was found."""
+    four_axes("block_attention", {"q": q, "k": k, "v": v})
+    (rows, length, heads, width), (keys, shared) = q.shape, k.shape[1:3]
+    if chosen.dim() != 4 or chosen.is_floating_point():
+        raise ValueError(f"block_attention needs chosen with four axes, of integers, found {said(chosen)}")
+    groups = chosen.shape[2]
+    if block < 1 or not groups or not shared or heads % groups or groups % shared:
+        raise ValueError(
+            f"block_attention needs a block of at least 1 position, heads divisible by the groups that choose, and "
+            f"these by the key heads; found block={block}, {heads} heads, {groups} groups, {shared} key heads"
+        )
+    if keys < length:
+        raise ValueError(f"block_attention needs keys for all {length} queries, found {keys}")
+    expected = {
+        "k": (k, (rows, keys, shared, width)),
+        "v": (v, (rows, keys, shared, v.shape[3])),
+        "chosen": (chosen, (rows, length, groups, chosen.shape[3])),
+    }
+    shaped("block_attention", expected)
 
 
 def block_attention(
@@ -39,14 +62,9 @@ def block_attention(
         The mixed values, in v's type. Time O(t h (c + 1) block k); memory O(t).
 
     Raises:
-        ValueError: heads or groups do not divide.
+        ValueError: shapes do not fit, heads or groups do not divide, or there is no such implementation.
     """
-    heads, groups, shared = q.shape[2], chosen.shape[2], k.shape[2]
-    if heads % groups or groups % shared or block < 1:
-        raise ValueError(
-            f"block_attention needs a block of at least 1 position, heads divisible by the groups that choose, and "
-            f"these by the key heads; found block={block}, {heads} heads, {groups} groups, {shared} key heads"
-        )
+    check(q, k, v, chosen, block)
     choice = choose("block_attention", OFFERED, "gathered", implementation).implementation
     run = block_attention_reference if choice == "reference" else block_attention_gathered
     return run(q, k, v, chosen, block)

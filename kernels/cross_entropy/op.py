@@ -9,6 +9,7 @@ from torch import Tensor
 from seqlong.kernels import tuning
 from seqlong.kernels.cross_entropy.reference import linear_cross_entropy_reference
 from seqlong.kernels.dispatch import choose, without_triton
+from seqlong.kernels.inputs import said, shaped
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
 
@@ -181,6 +182,22 @@ def _config(hidden: Tensor, classes: int) -> tuple[tuple[int, int], str | None]:
     return (int(config["block"]), int(config["warps"])), None
 
 
+def check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> None:
+    """Raise a ValueError that names what does not fit, what was expected and what was found."""
+    if hidden.dim() != 3 or weight.dim() != 2:
+        raise ValueError(
+            f"linear_cross_entropy needs hidden (b t d) and weight (y d), found {said(hidden)}, {said(weight)}"
+        )
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "weight": (weight, (weight.shape[0], hidden.shape[2])),
+        "targets": (targets, tuple(hidden.shape[:2])),
+        "bias": (bias, (weight.shape[0],)),
+    }
+    shaped("linear_cross_entropy", expected)
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        raise ValueError(f"linear_cross_entropy needs targets of integers, found {said(targets)}")
+
+
 def linear_cross_entropy(
     hidden: Float[Tensor, "b t d"],
     weight: Float[Tensor, "y d"],
@@ -196,7 +213,7 @@ def linear_cross_entropy(
     Args:
         hidden: last hidden states.
         weight: one row a class.
-        targets: class of each position; -1 gives a loss of 0 and no gradient.
+        targets: class of each position; -1, or anything below 0, gives a loss of 0 and no gradient.
         bias: per class.
         z_loss: adds ``z_loss · logsumexp²``, which keeps logits near zero (arXiv 2202.08906; 1e-4 is usual).
         chunk: positions at a time; 0 chooses so that the logits held are about 16 M elements.
@@ -206,8 +223,9 @@ def linear_cross_entropy(
         ``(b t)`` in float32 (float64 if hidden is). Logits are computed again in the backward pass.
 
     Raises:
-        ValueError: the implementation asked for cannot serve these inputs.
+        ValueError: shapes or types do not fit, or the implementation asked for cannot serve these inputs.
     """
+    check(hidden, weight, targets, bias)
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and weight.shape[0] > SMALL and hidden.dtype == torch.float32:
         hidden = hidden.to(torch.get_autocast_dtype(device))

@@ -88,7 +88,8 @@ def dplr(
         v: values.
         a: what is read from the state.
         b: where that is written.
-        log_decay: g_t <= 0, natural logarithm, a channel; ``-inf`` forgets the channel exactly.
+        log_decay: g_t <= 0, natural logarithm, a channel; ``-inf`` forgets the channel exactly, in Triton all but
+            2e-9 of it (gates below -20 count as -20 there).
         starts: True where the state starts afresh before the token; in reverse, before it in reading from the right.
         initial_state: the state before the first token read; zero if None.
         reverse: read from right to left.

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqlong.kernels.dispatch import choose, without_triton
+from seqlong.kernels.inputs import shaped
 from seqlong.kernels.norm.reference import gated_rms_norm_reference, rms_norm_reference
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
@@ -37,6 +38,13 @@ def _offered(x: Tensor, width: int) -> tuple[dict[str, str], str]:
     return without_triton(OFFERED, obstacle), "chunked"
 
 
+def check(op: str, x: Tensor, weight: Tensor, gate: Tensor | None = None, groups: int = 1) -> None:
+    """Raise a ValueError that names what does not fit, what was expected and what was found."""
+    shaped(op, {"weight": (weight, x.shape[-1:]), "gate": (gate, x.shape)})
+    if groups < 1 or x.shape[-1] % groups:
+        raise ValueError(f"{op} needs a width divisible by groups, found {x.shape[-1]} and {groups} groups")
+
+
 def rms_norm(
     x: Float[Tensor, "*b d"], weight: Float[Tensor, "d"], eps: float = 1e-5, implementation: str | None = None
 ) -> Float[Tensor, "*b d"]:
@@ -48,8 +56,14 @@ def rms_norm(
         eps: added to the mean square.
         implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose.
 
-    Only x is kept for the backward pass. Source: arXiv 1910.07467.
+    In Triton only x is kept for the backward pass; torch keeps copies in float32 too.
+
+    Raises:
+        ValueError: the weight does not fit, or the implementation asked for cannot serve.
+
+    Source: arXiv 1910.07467.
     """
+    check("rms_norm", x, weight)
     choice = choose("rms_norm", *_offered(x, x.shape[-1]), implementation).implementation
     if choice == "reference":
         return rms_norm_reference(x, weight, eps)
@@ -157,12 +171,11 @@ def gated_rms_norm(
     Only x and gate are kept for the backward pass. Computed in float32 (float64 for float64).
 
     Raises:
-        ValueError: d is not a multiple of groups.
+        ValueError: shapes do not fit, d is not a multiple of groups, or the implementation asked for cannot serve.
 
     Source: arXiv 2405.21060.
     """
-    if x.shape[-1] % groups:
-        raise ValueError(f"gated_rms_norm needs a width divisible by groups, found {x.shape[-1]} and {groups} groups")
+    check("gated_rms_norm", x, weight, gate, groups)
     choice = choose("gated_rms_norm", *_offered(x, x.shape[-1] // groups), implementation).implementation
     if choice == "reference":
         return gated_rms_norm_reference(x, gate, weight, groups, eps)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seqlong.kernels.dispatch import choose, without_triton
+from seqlong.kernels.inputs import four_axes, shaped
 from seqlong.kernels.precision import accumulation
 from seqlong.kernels.rotary.reference import rotary_reference
 from seqlong.kernels.runtime import triton_runs_on
@@ -36,6 +37,14 @@ def _offered(x: Tensor) -> tuple[dict[str, str], str]:
     return without_triton(OFFERED, obstacle), "chunked"
 
 
+def check(x: Tensor, positions: Tensor) -> None:
+    """Raise a ValueError that names what does not fit, what was expected and what was found."""
+    four_axes("rotary", {"x": x})
+    if x.shape[3] % 2:
+        raise ValueError(f"rotary needs an even head width, found {x.shape[3]}")
+    shaped("rotary", {"positions": (positions, x.shape[:2])})
+
+
 def rotary(
     x: Float[Tensor, "b t h k"],
     positions: Int[Tensor, "b t"] | Float[Tensor, "b t"],
@@ -52,13 +61,15 @@ def rotary(
         base: the longest wavelength is about ``2π · base`` tokens.
         implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose.
 
+    Returns:
+        The rotated heads, in x's type.
+
     Raises:
-        ValueError: k is odd.
+        ValueError: k is odd, positions do not fit, or the implementation asked for cannot serve.
 
     Source: RoPE, arXiv 2104.09864 (the half-split pairing of GPT-NeoX and Llama).
     """
-    if x.shape[-1] % 2:
-        raise ValueError(f"rotary needs an even head width, found {x.shape[-1]}")
+    check(x, positions)
     choice = choose("rotary", *_offered(x), implementation).implementation
     if choice == "reference":
         return rotary_reference(x, positions, base)

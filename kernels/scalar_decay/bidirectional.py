@@ -86,7 +86,7 @@ def bidirectional_decay(
         The output in v's type.
 
     Raises:
-        ValueError: heads are not a multiple of groups, or the implementation asked for cannot serve the inputs.
+        ValueError: shapes or types do not fit, or the implementation asked for cannot serve the inputs.
 
     Source: arXiv 2407.09941 (Hydra), 2502.16249 (LION).
     """

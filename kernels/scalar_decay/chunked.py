@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seqlong.kernels.precision import accumulation, as_written
 
-#: (tokens a chunk, tokens a block) by device type, measured; see benchmarks/mamba2_torch.py.
+#: (tokens a chunk, tokens a block) by device type, measured.
 SIZES = {"cpu": (64, 1024), "cuda": (128, 32768)}
 
 

@@ -59,7 +59,7 @@ def scalar_decay(
         starts: True where the state starts afresh before the token; in reverse, before it in reading from the right.
         initial_state: the state before the first token read; zero if None.
         reverse: read from right to left.
-        recompute: in Triton, keep only the state that enters each window of some thousand tokens, and make the states
+        recompute: in Triton, keep only the state that enters each window of 32,768 tokens or more, and make the states
             of chunks again in the backward pass, a window at a time. The chunked form always does so, by blocks.
         implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose.
 
@@ -125,7 +125,7 @@ def ssd(
         The output in x's type and the last state, in float32 (float64 if x is).
 
     Raises:
-        ValueError: heads are not a multiple of groups, or the implementation asked for cannot serve the inputs.
+        ValueError: shapes or types do not fit, or the implementation asked for cannot serve the inputs.
 
     Source: arXiv 2405.21060.
     """

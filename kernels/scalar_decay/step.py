@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqlong.kernels.dispatch import choose, without_triton
+from seqlong.kernels.inputs import shaped, token_marks
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
 
@@ -67,7 +68,7 @@ def ssd_step(
         a_log: logarithms of the negated rates, as Mamba2 learns them.
         d: weight of the direct path; none if None.
         dt_bias: added to the raw steps.
-        starts: True where both states start afresh before the token.
+        starts: True where both states start afresh before the token; no row is both this and padding.
         padding: True where there is no token: the states stay, and y means nothing.
         implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose. Triton has no gradient.
 
@@ -76,7 +77,7 @@ def ssd_step(
         (float64 if xbc is).
 
     Raises:
-        ValueError: the widths do not fit together, or the implementation asked for cannot serve the inputs.
+        ValueError: shapes or types do not fit together, or the implementation asked for cannot serve the inputs.
 
     Source: arXiv 2405.21060.
     """
@@ -90,6 +91,17 @@ def ssd_step(
         )
     if conv.shape[1] != weight.shape[1] - 1:
         raise ValueError(f"ssd_step needs {weight.shape[1] - 1} earlier inputs, found {conv.shape[1]}")
+    rows, channels = xbc.shape
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "dt": (dt, (rows, heads)),
+        "conv": (conv, (rows, weight.shape[1] - 1, channels)),
+        "ssm": (ssm, (rows, heads, width, value_width)),
+        "weight": (weight, (channels, weight.shape[1])),
+        "bias": (bias, (channels,)),
+        **{name: (x, (heads,)) for name, x in (("a_log", a_log), ("d", d), ("dt_bias", dt_bias))},
+    }
+    shaped("ssd_step", expected)
+    token_marks("ssd_step", {"starts": starts, "padding": padding}, (rows,))
     inputs = (xbc, dt, conv, ssm, weight, bias, a_log, d, dt_bias)
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     choice = choose("ssd_step", *_offered(xbc, ssm, differentiated), implementation).implementation

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 from seqlong.kernels.dispatch import choose
+from seqlong.kernels.inputs import token_marks
 from seqlong.kernels.precision import accumulation
 from seqlong.kernels.selective_scan.chunked import selective_scan_chunked
 from seqlong.kernels.selective_scan.reference import selective_scan_reference
@@ -47,7 +48,7 @@ def selective_scan(
         y in x's type and the state after the last token: float32 (float64 if x is), complex if a, b or c is.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes or types do not fit, or there is no such implementation.
 
     Source: arXiv 2312.00752 (S6), 2206.11893 (S4D).
     """
@@ -58,8 +59,7 @@ def selective_scan(
             f"selective_scan needs dt like x, a of (n, {width}), b and c of {shapes[0]} or {shapes[1]}, found "
             f"x {tuple(x.shape)}, dt {tuple(dt.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)}, c {tuple(c.shape)}"
         )
-    if starts is not None and starts.shape != x.shape[:2]:
-        raise ValueError(f"selective_scan needs starts of {tuple(x.shape[:2])}, found {tuple(starts.shape)}")
+    token_marks("selective_scan", {"starts": starts}, x.shape[:2])
     kept = accumulation(x.dtype)
     if any(y.is_complex() for y in (a, b, c)):
         kept = torch.complex128 if kept == torch.float64 else torch.complex64

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqlong.kernels.dispatch import choose, without_triton
+from seqlong.kernels.inputs import said, shaped, token_marks
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
 from seqlong.kernels.short_conv.reference import short_conv_reference
@@ -19,7 +20,7 @@ OFFERED = {
 }
 #: Types that the Triton kernels compute in float32.
 TRITON_TYPES = (torch.bfloat16, torch.float16, torch.float32)
-#: Most taps that the Triton kernels hold.
+#: Most taps of which the Triton kernels hold the inputs in registers: they are written out for as many.
 TRITON_TAPS = 4
 #: Tokens handled at a time on a CPU, so that the taps of one slice stay in cache.
 TILE = 1024
@@ -158,6 +159,28 @@ def _offered(x: Tensor, weight: Tensor) -> tuple[dict[str, str], str]:
     return without_triton(OFFERED, obstacle), "chunked"
 
 
+def check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    starts: Tensor | None = None,
+    state: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> None:
+    """Raise a ValueError that names what does not fit, what was expected and what was found."""
+    if x.dim() != 3 or weight.dim() != 2 or not weight.shape[1]:
+        raise ValueError(f"short_conv needs x (b t d) and weight (d w) with a tap, found {said(x)}, {said(weight)}")
+    rows, length, width = x.shape
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "weight": (weight, (width, weight.shape[1])),
+        "bias": (bias, (width,)),
+        "state": (state, (rows, weight.shape[1] - 1, width)),
+        "lengths": (lengths, (rows,)),
+    }
+    shaped("short_conv", expected)
+    token_marks("short_conv", {"starts": starts}, (rows, length))
+
+
 def short_conv(
     x: Float[Tensor, "b t d"],
     weight: Float[Tensor, "d w"],
@@ -184,8 +207,9 @@ def short_conv(
     Only x is kept for the backward pass; the pre-activation is computed again.
 
     Raises:
-        ValueError: the implementation that was asked for cannot serve this device, type or filter.
+        ValueError: shapes or types do not fit, or the implementation asked for cannot serve the inputs.
     """
+    check(x, weight, bias, starts, state, lengths)
     choice = choose("short_conv", *_offered(x, weight), implementation).implementation
     if choice == "reference":
         output = short_conv_reference(x, weight, bias, starts, state)[0]

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from seqlong.kernels.precision import as_written
 
-#: Most taps that a kernel holds in registers.
-MAX_TAPS = 4
 #: Tokens loaded at a time; the kernels are written out for this many.
 STEP = 4
 #: Channels of a program of one warp, forward and backward: 16 and 8 bytes a load of 16-bit values.
