@@ -14,6 +14,7 @@ from video_cases import number_of, write_audio, write_video
 
 from seqlong.batch import SequenceBatch
 from seqlong.datamodules.video import Sampling, Tubelets, VideoData
+from seqlong.datamodules.video.datamodule import _Streams
 from seqlong.datamodules.video.index import DecodeError, read_index
 from seqlong.datamodules.video.listing import Video, classes_of, divide, read_videos
 from seqlong.datamodules.video.reading import Reader, augmented
@@ -267,6 +268,17 @@ def test_streams_walk_through_whole_videos(folder: Path) -> None:
                 assert after[0] == frames[-1] + 1 and place == after[0] // 2
     everything = [(name, number) for walk in rows for name, frames, _, _ in walk for number in frames]
     assert len(everything) == len(set(everything)) == 3 * 12 + 3 * 20
+
+
+def test_a_row_that_begins_inside_a_video_follows_on_from_nothing() -> None:
+    streams = _Streams(np.array([7, 7, 7, 7]), seed=0)
+    for sample in range(3 * 9 * 3):  # three rows of nine clips, three epochs
+        _, number, follows, epoch = streams.place(sample, 3)
+        step = sample // 3 % 9
+        assert follows == (number > 0 and step > 0) and epoch == sample // 27
+    assert any(streams.place(row, 3)[1] > 0 for row in range(3))
+    with pytest.raises(ConfigError, match="needs a clip for each of 40 rows"):
+        streams.place(0, 40)
 
 
 # --- augmentation ----------------------------------------------------------------------------------------------------
