@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class PatchEmbedding(nn.Module):
-    """``h = W x / √p + b (+ Σ_a table_a[position_a])``: one hidden state a patch of p numbers, whatever shape it was cut in.
+    """``h = W x / √p + b (+ Σ_a table_a[position_a])``: one hidden state a patch of p numbers.
 
     b is what tells a patch from a token in a row of both. Without tables, positions are left to the mixers: rotary
     embedding on several axes (``rope_axes``), or the order of a recurrent mixer. Then resolution and the number of
