@@ -321,6 +321,12 @@ def _check_option(group: str, option: str, own_file: Path | None) -> None:
     valid = options(group)
     if option not in valid:
         listing = ", ".join(valid) or "nothing yet"
+        if len(listing) > 300:  # the folders, and where the rest is named
+            folder = option.partition("/")[0]
+            near = [name for name in valid if "/" not in name or name.startswith(f"{folder}/")]
+            near = near if len(near) <= 40 and len(", ".join(near)) <= 500 else []
+            rest = dict.fromkeys(f"{name.partition('/')[0]}/..." for name in valid if name not in near)
+            listing = ", ".join([*near, *rest]) + ("; `seqlong fit --help` names each" if rest else "")
         raise ConfigError(
             f"there is no {group}={option}{nearest(option, valid) or '.'} {shown(CONFIGS / group)} has: {listing}"
         )
