@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seqlong.errors import ConfigError, nearest
+
 log = logging.getLogger(__name__)
 
 VARIABLE = "SEQLONG_KERNELS"
@@ -23,6 +25,8 @@ ALONG_A_ROW = {
     "chunked": "matrix products over chunks in torch, any device",
     "reference": "float64 loop over tokens",
 }
+#: Every name that some op gives an implementation: what ``SEQLONG_KERNELS`` may say.
+KNOWN = ("reference", "chunked", "triton", "grouped_mm", "sdpa", "varlen", "segments", "blocks", "gathered")
 _announced: set[tuple[str, str, str]] = set()
 
 
@@ -46,6 +50,7 @@ def choose(op: str, offered: dict[str, str], preferred: str, forced: str | None 
     Raises:
         ValueError: the forced implementation does not exist for this op (caller's demand only; the environment
             variable covers all ops, so an op that lacks the named one keeps its preferred one and says so).
+        ConfigError: the environment variable names what no op has.
     """
     if forced is not None:
         if forced not in offered:
@@ -54,6 +59,10 @@ def choose(op: str, offered: dict[str, str], preferred: str, forced: str | None 
     wanted = os.environ.get(VARIABLE, "")
     if wanted and wanted in offered:
         choice = Choice(wanted, f"{VARIABLE}={wanted}")
+    elif wanted and wanted not in KNOWN:
+        raise ConfigError(
+            f"{VARIABLE}={wanted} names no implementation{nearest(wanted, KNOWN) or '.'} It may be {', '.join(KNOWN)}"
+        )
     elif wanted:
         choice = Choice(preferred, f"{offered[preferred]}; {VARIABLE}={wanted} cannot be used by this op here")
     else:

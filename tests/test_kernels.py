@@ -13,6 +13,7 @@ import torch
 import torch.utils._python_dispatch
 from torch import Tensor
 
+from seqlong.errors import ConfigError
 from seqlong.kernels import dispatch, tuning
 from seqlong.kernels.attention import attention
 from seqlong.kernels.attention import op as attention_op
@@ -297,6 +298,9 @@ def test_dispatch_obeys_the_caller_then_the_environment(monkeypatch: pytest.Monk
     assert choice.implementation == "fast" and "triton cannot be used" in choice.reason
     with pytest.raises(ValueError, match="no implementation 'cuda'; it has fast, slow"):
         dispatch.choose("op", offered, "fast", "cuda")
+    monkeypatch.setenv("SEQLONG_KERNELS", "choncked")
+    with pytest.raises(ConfigError, match="names no implementation; did you mean 'chunked'?"):
+        dispatch.choose("op", offered, "fast")
 
 
 @pytest.mark.parametrize("with_state", [False, True])
