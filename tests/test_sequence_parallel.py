@@ -74,7 +74,8 @@ def losses(folder: Path) -> dict[tuple[str, int], float]:
 def test_runs_on_more_processes_are_the_run_on_one(tmp_path: Path) -> None:
     """Also where it goes on with another degree and another number of processes than it began with."""
     command = [
-        "seqlong", "fit", "experiment=dna/demo", "data.length=128", "data.batch_size=4", "trainer.accelerator=cpu",
+        str(Path(sys.executable).with_name("seqlong")), "fit", "experiment=dna/demo", "data.length=128",
+        "data.batch_size=4", "trainer.accelerator=cpu",
         "trainer.log_every_n_steps=1", "trainer.val_check_interval=2", "trainer.limit_val_batches=2",
         "model.backbone.mixers.m.class_path=seqlong.mixers.GatedDeltaNet", "~model.backbone.mixers.m.init_args",
     ]  # fmt: skip
