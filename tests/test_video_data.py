@@ -349,7 +349,7 @@ def test_a_broken_file_is_counted_and_not_replaced(broken: Path, caplog: pytest.
             assert lost and all(
                 (batch.segment_ids[row] == 0).all() and (batch.targets[row] == -1).all() for row in lost
             )
-    told = [record.getMessage() for record in caplog.records]
+    told = list(dict.fromkeys(record.getMessage() for record in caplog.records))  # twice where seqlong's log propagates
     assert len(told) == 2 and told[0].startswith("train epoch 1: ") and "of 8 clips counted for nothing: " in told[0]
     assert "sound.mp4 (has no video stream that can be decoded, only audio)" in told[0]
 
