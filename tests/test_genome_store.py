@@ -180,7 +180,10 @@ GENBANK_HEAD += "ACCESSION   x\nVERSION     x.1\nFEATURES             Location/Q
             gzip.compress(CONTENT * 999, mtime=0)[:-30],
             r"the gzip data stop in the middle, after [\d,]+ bytes of text.*truncated",
         ),
-        (gzip.compress(CONTENT, mtime=0)[:40] + b"xxxxxxxxxxxxxxxxxxx", r"the gzip data are damaged after [\d,]+ bytes of text"),
+        (
+            gzip.compress(CONTENT, mtime=0)[:40] + b"xxxxxxxxxxxxxxxxxxx",
+            r"the gzip data are damaged after [\d,]+ bytes of text",
+        ),
         (PROTEIN, r"genome\.fa:2: record 'p1' is protein: residues E, F, L, P, Q are not nucleotides; expected DNA"),
         (">a\nAC\nGT\n>b\nAC\n>a\nGG\n", r"genome\.fa:6: two records are called 'a' \(the other at line 1\)"),
         ("ACGT\nACGT\n", r"genome\.fa:1: no header: found 'ACGT' first; expected FASTA"),
