@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqlong.batch import SequenceBatch
-from seqlong.block import MEMORY, Block, Checkpointing, Residual, run_block
+from seqlong.block import MEMORY, Block, Checkpointing, Residual
 from seqlong.embeddings import PatchEmbedding, PatchFactory, embed
 from seqlong.errors import ConfigError, nearest
 from seqlong.ffn import FeedForwardFactory, SwiGLU
@@ -230,9 +230,8 @@ class Backbone(nn.Module):
         memories: dict[int, Any] = {}
         for number, block in enumerate(self._blocks()):
             before = None if state is None else state.blocks[number]
-            said: dict[str, Any] = {}
             memory = memories.get(self.sources.get(number, -1))
-            hidden, left = run_block(block, hidden, layout, before, self.checkpointing, self.tile, said, memory)
+            hidden, left, said = block(hidden, layout, before, memory, self.checkpointing, self.tile)
             after.append(left)
             if block.publishes:
                 memories[number] = said.pop(MEMORY)

@@ -57,50 +57,115 @@ class Block(nn.Module):
         hidden: Float[Tensor, "b t d"],
         layout: SequenceLayout,
         state: Any = None,
-        aux: Said | None = None,
         memory: Any = None,
-    ) -> tuple[Float[Tensor, "b t d"], Any]:
-        """Run the block.
+        checkpointing: Checkpointing = "none",
+        tile: int = 16384,
+    ) -> tuple[Float[Tensor, "b t d"], Any, Said]:
+        """Run the block, keeping for the backward pass what ``checkpointing`` says.
+
+        - ``none``: everything.
+        - ``selective``: results of matrix products, attention and state scans; the cheap rest is computed again.
+        - ``block``: the input of the block only.
+        - ``tiled``: the input of the block only, and never more than ``tile`` positions of its inside at once: the row
+          is run in tiles, with the state carried from one to the next. Exact, because a row split anywhere is the row.
+          A mixer whose state grows (full attention) is run whole, and only the feed-forward half in tiles; a
+          feed-forward whose experts choose among positions is run whole too.
 
         Args:
             hidden: the residual stream.
             layout: where segments begin and end.
             state: from the window before; None keeps none.
-            aux: is given what the two halves have to say of losses and loads, if that is more than their result; and
-                under ``memory`` what the mixer publishes, if a later block reads it.
-            memory: what an earlier block's mixer published, for a mixer that reads it.
+            memory: what an earlier block's mixer published, for a mixer that reads it: cut as the row is if a position
+                reads its own place only, else the mixer is run whole.
+            checkpointing: see above.
+            tile: positions a tile.
+
+        Returns:
+            The residual stream; the state; and what the two halves say beside: sums, those of tiles added up, figures,
+            and under ``memory`` what the mixer publishes, if a later block reads it.
         """
-        hidden, state = self.mix(hidden, layout, state, aux, memory)
-        return self.feed(hidden, layout, aux), state
+        if checkpointing == "tiled":
+            return self._in_tiles(hidden, layout, state, memory, tile)
+        if checkpointing == "none" or not torch.is_grad_enabled():
+            return self.both(hidden, layout, state, memory)
+        context = {}
+        if checkpointing == "selective":
+            context["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        return _save(self.both, hidden, layout, state, memory, **context)
+
+    def both(self, hidden: Tensor, layout: SequenceLayout, state: Any = None, memory: Any = None) -> tuple[Any, ...]:
+        """Both halves, one after the other; returns as ``forward``."""
+        hidden, state, said = self.mix(hidden, layout, state, memory)
+        hidden, more = self.feed(hidden, layout)
+        _add(said, more)
+        return hidden, state, said
 
     def mix(
-        self, hidden: Tensor, layout: SequenceLayout, state: Any = None, aux: Said | None = None, memory: Any = None
-    ) -> tuple[Tensor, Any]:
+        self, hidden: Tensor, layout: SequenceLayout, state: Any = None, memory: Any = None
+    ) -> tuple[Tensor, Any, Said]:
         """The first half: along the sequence."""
+        said: Said = {}
         normed = self.mixer_norm(hidden)
-        if aux is not None and self.publishes:
-            mixed, state, aux[MEMORY] = self.mixer.publish(normed, layout, state)
+        if self.publishes:
+            mixed, state, said[MEMORY] = self.mixer.publish(normed, layout, state)
         elif layout.fragment is not None and not self.mixer.sequence_parallel:
             mixed = on_whole_rows(self.mixer, normed, layout.fragment)
         elif self.mixer.reads_memory:
             mixed, state = self.mixer(normed, layout, state, memory)
         else:
             mixed, state = self.mixer(normed, layout, state)
-        if aux is not None and self.training and self.mixer.balance_loss:
-            _add(aux, {"router_loss_sum": self.mixer.router_loss_sum(normed, layout)})
-        return (hidden if self.keeps_input else normed) + mixed, state
+        if self.training and self.mixer.balance_loss:
+            _add(said, {"router_loss_sum": self.mixer.router_loss_sum(normed, layout)})
+        return (hidden if self.keeps_input else normed) + mixed, state, said
 
-    def feed(self, hidden: Tensor, layout: SequenceLayout, aux: Said | None = None) -> Tensor:
+    def feed(self, hidden: Tensor, layout: SequenceLayout) -> tuple[Tensor, Said]:
         """The second half: along the width, each position by itself (unless its experts choose among positions)."""
         if self.ffn is None or self.ffn_norm is None:
-            return hidden
+            return hidden, {}
         normed = self.ffn_norm(hidden)
         kept = hidden if self.keeps_input else normed
         if not self.routed:
-            return kept + self.ffn(normed)
+            return kept + self.ffn(normed), {}
         fed, said = self.ffn(normed, layout)
-        _add(aux, said)
-        return kept + fed
+        return kept + fed, said
+
+    def _in_tiles(
+        self, hidden: Tensor, layout: SequenceLayout, state: Any, memory: Any, tile: int
+    ) -> tuple[Tensor, Any, Said]:
+        save = _save if torch.is_grad_enabled() else _call
+        # Cut by split, whose backward joins the gradients once; that of a slice is as long as the whole row, each time.
+        parts, outputs, start = hidden.split(tile, dim=1), [], 0
+        if not (self.mixer.causal and self.mixer.bounded_state and self.feeds_each_alone):
+            hidden, state, every = save(self.mix, hidden, layout, state, memory)
+            parts = hidden.split(tile, dim=1) if self.feeds_each_alone else (hidden,)
+            for part in parts:
+                stop = start + part.shape[1]
+                output, said = save(self.feed, part, layout.slice(start, stop) if len(parts) > 1 else layout)
+                _add(every, said)
+                outputs.append(output)
+                start = stop
+            return torch.cat(outputs, dim=1), state, every
+        carried = state
+        if carried is None:
+            carried = self.mixer.initial_state(hidden.shape[0], hidden.device, hidden.dtype)
+        memories = [None] * len(parts) if memory is None else memory.split(tile, dim=1)
+        every, published = {}, []
+        for part, remembered in zip(parts, memories, strict=True):
+            stop = start + part.shape[1]
+            output, carried, said = save(self.both, part, layout.slice(start, stop), carried, remembered)
+            if MEMORY in said:
+                published.append(said.pop(MEMORY))
+            _add(every, said)
+            outputs.append(output)
+            start = stop
+        if published:
+            every[MEMORY] = torch.cat(published, dim=1)
+        return torch.cat(outputs, dim=1), None if state is None else carried, every
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what is computed; how it is cut and kept stays Python."""
+        for name in ("both", "mix", "feed"):
+            setattr(self, name, torch.compile(getattr(self, name), *args, **kwargs))
 
     @property
     def causal(self) -> bool:
@@ -131,98 +196,17 @@ def on_whole_rows(mixer: Mixer, hidden: Float[Tensor, "b n d"], fragment: Fragme
     return fragment.own(mixed)
 
 
-def run_block(
-    block: Block,
-    hidden: Float[Tensor, "b t d"],
-    layout: SequenceLayout,
-    state: Any = None,
-    checkpointing: Checkpointing = "none",
-    tile: int = 16384,
-    aux: Said | None = None,
-    memory: Any = None,
-) -> tuple[Float[Tensor, "b t d"], Any]:
-    """Run ``block``, keeping for the backward pass what ``checkpointing`` says.
-
-    - ``none``: everything.
-    - ``selective``: results of matrix products, attention and state scans; the cheap rest is computed again.
-    - ``block``: the input of the block only.
-    - ``tiled``: the input of the block only, and never more than ``tile`` positions of its inside at once: the row is
-      run in tiles, with the state carried from one to the next. Exact, because a row split anywhere is the row. A
-      mixer whose state grows (full attention) is run whole, and only the feed-forward half in tiles; a feed-forward
-      whose experts choose among positions is run whole too.
-
-    ``aux`` is given what mixer and feed-forward say beside their results: sums, and those of tiles are added up; and
-    what the mixer publishes, that of tiles joined. ``memory`` is what an earlier block published, for a mixer that
-    reads it: cut as the row is if a position reads its own place only, else the mixer is run whole.
-    """
-    if checkpointing == "none" or (checkpointing != "tiled" and not torch.is_grad_enabled()):
-        return block(hidden, layout, state, aux, memory)
-    save: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    if not torch.is_grad_enabled():
-        save = _call
-    if checkpointing in ("selective", "block"):
-        if checkpointing == "selective":
-            save = partial(save, context_fn=partial(create_selective_checkpoint_contexts, _keep_products))
-        hidden, state, said = save(_whole, block, hidden, layout, state, memory)
-        _add(aux, said)
-        return hidden, state
-    # Cut by split, whose backward joins the gradients once; that of a slice is as long as the whole row, each time.
-    parts, outputs, start = hidden.split(tile, dim=1), [], 0
-    if not (block.mixer.causal and block.mixer.bounded_state and block.feeds_each_alone):
-        hidden, state, said = save(_mixed, block, hidden, layout, state, memory)
-        _add(aux, said)
-        parts = hidden.split(tile, dim=1) if block.feeds_each_alone else (hidden,)
-        for part in parts:
-            stop = start + part.shape[1]
-            output, said = save(_fed, block, part, layout.slice(start, stop) if len(parts) > 1 else layout)
-            _add(aux, said)
-            outputs.append(output)
-            start = stop
-        return torch.cat(outputs, dim=1), state
-    carried = state
-    if carried is None:
-        carried = block.mixer.initial_state(hidden.shape[0], hidden.device, hidden.dtype)
-    memories = [None] * len(parts) if memory is None else memory.split(tile, dim=1)
-    published = []
-    for part, remembered in zip(parts, memories, strict=True):
-        stop = start + part.shape[1]
-        output, carried, said = save(_whole, block, part, layout.slice(start, stop), carried, remembered)
-        if MEMORY in said:
-            published.append(said.pop(MEMORY))
-        _add(aux, said)
-        outputs.append(output)
-        start = stop
-    if published:
-        _add(aux, {MEMORY: torch.cat(published, dim=1)})
-    return torch.cat(outputs, dim=1), None if state is None else carried
-
-
-def _whole(block: Block, hidden: Tensor, layout: SequenceLayout, state: Any, memory: Any) -> tuple[Tensor, Any, Said]:
-    said: Said = {}
-    hidden, state = block(hidden, layout, state, said, memory)
-    return hidden, state, said
-
-
-def _mixed(block: Block, hidden: Tensor, layout: SequenceLayout, state: Any, memory: Any) -> tuple[Tensor, Any, Said]:
-    said: Said = {}
-    hidden, state = block.mix(hidden, layout, state, said, memory)
-    return hidden, state, said
-
-
-def _fed(block: Block, hidden: Tensor, layout: SequenceLayout) -> tuple[Tensor, Said]:
-    said: Said = {}
-    return block.feed(hidden, layout, said), said
-
-
-def _add(aux: Said | None, said: Said) -> None:
-    """What a run in the backward pass says goes into a dictionary of its own, so that nothing is counted twice."""
-    for name, value in said.items() if aux is not None else ():
-        assert aux is not None
-        aux[name] = aux[name] + value if name in aux else value
+def _save(function: Callable[..., Any], *arguments: Any, **context: Any) -> Any:
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, **context)
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
+
+
+def _add(every: Said, said: Said) -> None:
+    for name, value in said.items():
+        every[name] = every[name] + value if name in every else value
 
 
 _KEPT = {

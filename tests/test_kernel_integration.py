@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from seqlong.block import Block, run_block
+from seqlong.block import Block
 from seqlong.ffn import SwiGLU
 from seqlong.kernels import probes, runtime
 from seqlong.kernels.norm import rms_norm
@@ -267,7 +267,7 @@ def test_selective_checkpointing_knows_the_scan_by_name(implementation: str, mon
     )
     results = []
     for mode in ("none", "selective", "block"):
-        output, _ = run_block(block, hidden, layout, None, mode)  # type: ignore[arg-type]
+        output, _, _ = block(hidden, layout, checkpointing=mode)
         results.append(torch.autograd.grad(output.square().sum(), list(block.parameters())))
     for found in results[1:]:
         for a, b in zip(found, results[0], strict=True):
@@ -292,7 +292,7 @@ def train(block: Block) -> list[float]:
     optimizer, losses = torch.optim.SGD(block.parameters(), lr=0.1), []
     for _ in range(2):
         hidden = torch.randn(1, 12, 32, device=DEVICE)
-        output, _ = block(hidden, SequenceLayout.build(1, 12, device=DEVICE))
+        output, _, _ = block(hidden, SequenceLayout.build(1, 12, device=DEVICE))
         loss = (output - hidden.roll(1, 1)).square().mean()
         optimizer.zero_grad()
         loss.backward()

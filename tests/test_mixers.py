@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqlong.block import Block, run_block
+from seqlong.block import Block
 from seqlong.cost import _tensors
 from seqlong.ffn import SwiGLU
 from seqlong.layout import SequenceLayout
@@ -392,7 +392,7 @@ def test_checkpointing_changes_memory_only(name: str, checkpointing: str) -> Non
     results = []
     for mode in ("none", checkpointing):
         source = hidden.clone().requires_grad_()
-        output, state = run_block(block, source, layout, None, mode, tile=4)  # type: ignore[arg-type]
+        output, state, _ = block(source, layout, checkpointing=mode, tile=4)
         assert state is None
         loss = output.where(real, 0).square().sum()
         results.append([output.where(real, 0), *torch.autograd.grad(loss, [source, *block.parameters()])])
@@ -426,7 +426,7 @@ def test_tiles_serve_evaluation_too(name: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(block.ffn, "forward", lambda x, run=block.ffn.forward: lengths.append(x.shape[1]) or run(x))
     hidden = rows(23)
     with torch.no_grad():
-        close(run_block(block, hidden, plain(23), None, "tiled", tile=4)[0], block(hidden, plain(23))[0])
+        close(block(hidden, plain(23), checkpointing="tiled", tile=4)[0], block(hidden, plain(23))[0])
     assert lengths[:-1] == [4, 4, 4, 4, 4, 3], "the row was not run in tiles"
 
 

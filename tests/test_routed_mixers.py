@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from seqlong.block import Block, run_block
+from seqlong.block import Block
 from seqlong.cost import mixer_cost
 from seqlong.ffn import MoE
 from seqlong.layout import SequenceLayout
@@ -119,9 +119,7 @@ def test_the_loss_reaches_training_in_every_kind_of_checkpointing(name: str) -> 
     hidden = torch.randn(2, 23, WIDTH, dtype=torch.float64)
     layout = SequenceLayout.build(2, 23, torch.tensor([[1] * 9 + [2] * 14, [1] * 20 + [0] * 3]).int())
     block.eval()
-    said: dict[str, Tensor] = {}
-    block(hidden, layout, aux=said)
-    assert said == {}
+    assert block(hidden, layout)[2] == {}
     block.train()
     normed = block.mixer_norm(hidden)
     assert isinstance(block.mixer, Mixer) and isinstance(block.ffn, MoE) and block.ffn_norm is not None
@@ -130,17 +128,14 @@ def test_the_loss_reaches_training_in_every_kind_of_checkpointing(name: str) -> 
     fed = block.ffn(block.ffn_norm(block.mix(hidden, layout)[0]), layout)[1]["router_loss_sum"]
     wanted = list(block.parameters())
     for mode in ("none", "selective", "block"):
-        said = {}
-        run_block(block, hidden, layout, None, mode, aux=said)  # type: ignore[arg-type]
-        loss = said["router_loss_sum"]
+        loss = block(hidden, layout, checkpointing=mode)[2]["router_loss_sum"]
         torch.testing.assert_close(loss, own + fed)
         found = torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True)
         expected = torch.autograd.grad(own + fed, wanted, allow_unused=True, retain_graph=True)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(*(torch.zeros(()) if x is None else x for x in (one, other)))
-    said = {}
-    run_block(block, hidden, layout, None, "tiled", tile=8, aux=said)  # shares are those of a tile, then
-    assert 0.5 * own < said["router_loss_sum"] < 2 * (own + fed)
+    loss = block(hidden, layout, checkpointing="tiled", tile=8)[2]["router_loss_sum"]  # shares of a tile, then
+    assert 0.5 * own < loss < 2 * (own + fed)
 
 
 def test_what_is_even_costs_one_a_token() -> None:
