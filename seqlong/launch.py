@@ -29,7 +29,7 @@ from seqlong.callbacks.preemption import EXIT_CODE
 from seqlong.compose import Composed, compose, dump, from_dict, from_files, house_path
 from seqlong.errors import CheckpointError, ConfigError, SeqlongError, located, nearest
 from seqlong.explain import first_problem
-from seqlong.parallel import strategy
+from seqlong.parallel.names import register as register_strategies
 
 log = logging.getLogger("seqlong")
 
@@ -142,7 +142,7 @@ class SeqlongCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with the run folder as its root and the run folder's loggers."""
-        strategy.register()
+        register_strategies()
         configured = self._get(self.config_init, "trainer").get("logger")
         loggers: Any = False
         if configured is not False:

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from seqlong.errors import ConfigError
@@ -42,9 +42,11 @@ class SequenceParallel(DDPStrategy):
         return self.world_size if self._degree is None else self._degree
 
     @property
-    def sequence(self) -> tuple[dist.ProcessGroup, int, int]:
-        """The processes that hold this one's rows: their group, this one's place in it, how many they are."""
+    def sequence(self) -> tuple[dist.ProcessGroup, int, int] | None:
+        """The processes that hold this one's rows: their group, this one's place in it, how many; None if it alone."""
         assert self._mesh is not None
+        if self.degree == 1:
+            return None
         return self._mesh.get_group("sequence"), self._mesh.get_local_rank("sequence"), self.degree
 
     @property
@@ -61,11 +63,3 @@ class SequenceParallel(DDPStrategy):
             )
         shape = (self.world_size // self.degree, self.degree)
         self._mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("data", "sequence"))
-
-
-def register() -> None:
-    """Make ``trainer.strategy=sequence_parallel`` known to Lightning."""
-    if "sequence_parallel" not in StrategyRegistry:
-        StrategyRegistry.register(
-            "sequence_parallel", SequenceParallel, description="every row is shared by all processes"
-        )

@@ -1,0 +1,176 @@
+"""FullyShard: the Lightning strategy that holds weights, gradients and moments in parts (FSDP2), rows too if asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from seqlong.errors import ConfigError
+from seqlong.parallel.strategy import SequenceParallel
+
+
+class FullyShard(SequenceParallel):
+    """Every process holds a part of each weight, of its gradient and of the optimiser's moments; a block's weights are
+    gathered while it runs, and given back (FSDP2; arXiv 1910.02054, 2304.11277).
+
+    For models whose weights and moments, 16 bytes a parameter, are much of a GPU's memory. With ``degree`` rows are cut
+    as well, as ``SequenceParallel`` does. Loss, gradients, clipping and steps are those of one process. Weights are
+    gathered, and gradients added up, in float32; mixed precision is ``trainer.precision``'s, as everywhere.
+
+    Checkpoints are whole, and the same as those of any other strategy: a run may go on with another one, or on another
+    number of processes.
+
+    Args:
+        degree: processes that share a row; 1: each has rows of its own; all there are if null.
+        replicas: groups of processes that each hold all of the weights between them. Within a machine gathering is
+            cheap: one replica a machine needs only gradients to cross.
+        keep_gathered: keep a block's weights from the forward to the backward pass: one gathering less, at the memory
+            of all weights.
+        timeout_minutes: how long a process waits for another before it gives up.
+    """
+
+    def __init__(
+        self, degree: int | None = 1, replicas: int = 1, keep_gathered: bool = False, timeout_minutes: float = 30.0
+    ) -> None:
+        super().__init__(degree=degree, timeout_minutes=timeout_minutes)
+        if replicas < 1:
+            raise ConfigError(f"FSDP2 needs 1 replica or more, found replicas={replicas}")
+        self.replicas, self.keep_gathered = replicas, keep_gathered
+        self._weights: DeviceMesh | None = None
+
+    # --- what is where -------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self.world_size % self.replicas:
+            raise ConfigError(
+                f"replicas={self.replicas} needs a multiple of {self.replicas} processes, found {self.world_size}"
+            )
+        shape, names = (self.world_size,), ("shard",)
+        if self.replicas > 1:
+            shape, names = (self.replicas, self.world_size // self.replicas), ("replicate", "shard")  # type: ignore[assignment]
+        self._weights = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+
+    def setup(self, trainer: Trainer) -> None:
+        """Shard the model, then make its optimiser."""
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            raise ConfigError("FSDP2 scales no float16 losses; set trainer.precision=bf16-mixed or 32-true")
+        assert self.accelerator is not None and self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        self.precision_plugin.convert_module(self.lightning_module)
+        self._shard(self.lightning_module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False  # what is gathered under it could not be trained with
+
+    def _shard(self, model: LightningModule) -> None:
+        sum_only = self.root_device.type == "cpu"  # gloo averages wrongly in older torch
+        for module in (*_blocks(model), model):
+            module.to(self.root_device)
+            for tensor in (*module.parameters(), *module.buffers()):
+                if not isinstance(tensor, DTensor):
+                    dist.broadcast(tensor.data, 0)
+            again = None if module is model else not self.keep_gathered
+            sharded = fully_shard(module, mesh=self._weights, reshard_after_forward=again)
+            if sum_only and hasattr(sharded, "set_force_sum_reduction_for_comms"):
+                sharded.set_force_sum_reduction_for_comms(True)
+
+    # --- steps: through the hooks that gather what is in no block -------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.train_step_context():
+            return self._run("training_step", *args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.val_step_context():
+            return self._run("validation_step", *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.test_step_context():
+            return self._run("test_step", *args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.predict_step_context():
+            return self._run("predict_step", *args, **kwargs)
+
+    def _run(self, step: str, *args: Any, **kwargs: Any) -> Any:
+        model = self.lightning_module
+        assert model is not None
+        return self._forward_redirection(model, model, step, *args, **kwargs)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Leave gradients where they are until the last batch of an accumulated step."""
+        model: Any = self.lightning_module
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole weights, on the CPU of the first process; nothing elsewhere."""
+        assert self.lightning_module is not None
+        return self._whole(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The whole moments, on the CPU of the first process; nothing elsewhere."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        return self._whole(optimizer.state_dict())
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take this process's part of whole moments."""
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            state = {
+                number: {name: self._part(value, parameters[number]) for name, value in values.items()}
+                for number, values in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
+
+    def _whole(self, value: Any) -> Any:
+        """``value`` with every part made whole: by all processes together, in one order."""
+        if isinstance(value, dict):
+            made = {name: self._whole(item) for name, item in value.items()}
+            return made if self.is_global_zero else {}
+        if isinstance(value, list | tuple):
+            return type(value)([self._whole(item) for item in value])
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+            return value.cpu() if self.is_global_zero else None
+        return value.cpu() if isinstance(value, Tensor) else value
+
+    def _part(self, value: Any, parameter: Tensor) -> Any:
+        if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+            return value
+        value = value.to(self.root_device, parameter.dtype)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+    def teardown(self) -> None:
+        """Let go of the machine. (The parts stay where they are: no process could use them alone.)"""
+        assert self.cluster_environment is not None and self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """What is gathered by itself: the blocks of the backbone; the rest is gathered for the whole of a step."""
+    return list(getattr(getattr(model, "backbone", None), "blocks", ()))
