@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from seqlong.errors import ConfigError
+from seqlong.ffn import MoE
 from seqlong.parallel.strategy import SequenceParallel
 
 
@@ -35,18 +36,27 @@ class FullyShard(SequenceParallel):
         degree: processes that share a row; 1: each has rows of its own; all there are if null.
         replicas: groups of processes that each hold all of the weights between them. Within a machine gathering is
             cheap: one replica a machine needs only gradients to cross.
+        expert_parallel: each process holds some of the experts of every MoE layer, whole, and positions travel to them,
+            instead of the weights of all experts to every process.
         keep_gathered: keep a block's weights from the forward to the backward pass: one gathering less, at the memory
             of all weights.
         timeout_minutes: how long a process waits for another before it gives up.
     """
 
     def __init__(
-        self, degree: int | None = 1, replicas: int = 1, keep_gathered: bool = False, timeout_minutes: float = 30.0
+        self,
+        degree: int | None = 1,
+        replicas: int = 1,
+        expert_parallel: bool = False,
+        keep_gathered: bool = False,
+        timeout_minutes: float = 30.0,
     ) -> None:
         super().__init__(degree=degree, timeout_minutes=timeout_minutes)
         if replicas < 1:
             raise ConfigError(f"FSDP2 needs 1 replica or more, found replicas={replicas}")
-        self.replicas, self.keep_gathered = replicas, keep_gathered
+        if expert_parallel and replicas > 1:
+            raise ConfigError("experts on several processes have one replica: set replicas=1 or expert_parallel=false")
+        self.replicas, self.expert_parallel, self.keep_gathered = replicas, expert_parallel, keep_gathered
         self._weights: DeviceMesh | None = None
 
     # --- what is where -------------------------------------------------------------------------------------------
@@ -78,13 +88,16 @@ class FullyShard(SequenceParallel):
 
     def _shard(self, model: LightningModule) -> None:
         sum_only = self.root_device.type == "cpu"  # gloo averages wrongly in older torch
+        apart = set()
         for module in (*_blocks(model), model):
             module.to(self.root_device)
             for tensor in (*module.parameters(), *module.buffers()):
                 if not isinstance(tensor, DTensor):
                     dist.broadcast(tensor.data, 0)
+            if self.expert_parallel:
+                apart |= _share_experts(module, self._weights)
             again = None if module is model else not self.keep_gathered
-            sharded = fully_shard(module, mesh=self._weights, reshard_after_forward=again)
+            sharded = fully_shard(module, mesh=self._weights, reshard_after_forward=again, ignored_params=apart)
             if sum_only and hasattr(sharded, "set_force_sum_reduction_for_comms"):
                 sharded.set_force_sum_reduction_for_comms(True)
 
@@ -174,3 +187,16 @@ class FullyShard(SequenceParallel):
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """What is gathered by itself: the blocks of the backbone; the rest is gathered for the whole of a step."""
     return list(getattr(getattr(model, "backbone", None), "blocks", ()))
+
+
+def _share_experts(module: nn.Module, mesh: DeviceMesh | None) -> set[nn.Parameter]:
+    """Give each process its experts of the MoE layers in a block; the parameters of these."""
+    assert mesh is not None
+    shared: set[nn.Parameter] = set()
+    for layer in module.modules():
+        if isinstance(layer, MoE) and layer.experts.exchange is None:
+            if layer.choice == "expert":
+                raise ConfigError("experts that choose positions need all of them: set choice=token of MoE")
+            layer.experts.share(mesh)
+            shared |= set(layer.experts.parameters())
+    return shared
