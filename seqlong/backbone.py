@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqlong.batch import SequenceBatch
-from seqlong.block import MEMORY, Block, Checkpointing, Residual
+from seqlong.block import MEMORY, ROUTERS, Block, Checkpointing, Residual
 from seqlong.embeddings import PatchEmbedding, PatchFactory, embed
 from seqlong.errors import ConfigError, nearest
 from seqlong.ffn import FeedForwardFactory, SwiGLU
@@ -117,7 +117,8 @@ class BackboneOutput:
         state: to be passed with the next window; None if no state was passed with this one.
         aux: further losses and figures that the blocks report, by name. ``router_loss_sum`` is a sum over positions
             that are not padding; ``experts/<block>/<what>`` are, in training, a block's ``load``, ``positions`` and
-            ``entropy`` (see ``seqlong.ffn.MoE``), blocks counted from 1.
+            ``entropy`` (see ``seqlong.ffn.MoE``), blocks counted from 1, and ``routers/<block>/<what>`` those of a
+            router in its mixer, ``routers/<block>/<name>/<what>`` of one of several (see ``Mixer.router_sums``).
     """
 
     hidden: Float[Tensor, "b t d"]
@@ -239,7 +240,8 @@ class Backbone(nn.Module):
                 if name.endswith("_sum"):
                     aux[name] = aux[name] + value if name in aux else value
                 else:
-                    aux[f"experts/{number + 1}/{name}"] = value
+                    part, what = name.split("/", 1) if name.startswith(f"{ROUTERS}/") else ("experts", name)
+                    aux[f"{part}/{number + 1}/{what}"] = value
         hidden = self.norm(hidden)
         if self.strands is not None:  # sums are for each position, which was seen twice
             hidden = self.strands.join(hidden, whole)
@@ -254,7 +256,6 @@ class Backbone(nn.Module):
             (state is not None, "carries no state from window to window: set task.carry_state=false"),
             (self.strands is not None, "reads no other strand: set model.backbone.rc=none"),
             (bool(self.sources), "shares no memory between blocks: take backbone.reads out"),
-            (self.checkpointing == "tiled", "runs no tiles: set model.backbone.checkpointing=block"),
             (not all(block.feeds_each_alone for block in self._blocks()), "lets no expert compare positions: set "
              "choice=token"),
         ):  # fmt: skip

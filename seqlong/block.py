@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,6 +20,9 @@ from seqlong.mixers.base import Mixer
 
 #: The name in ``aux`` of what a mixer publishes for later blocks.
 MEMORY = "memory"
+
+#: Names in ``aux`` of what a mixer's routers did begin with it; those of a feed-forward's experts do not.
+ROUTERS = "routers"
 
 #: What is said beside a result: sums and figures, and memories.
 Said = dict[str, Any]
@@ -68,8 +72,8 @@ class Block(nn.Module):
         - ``block``: the input of the block only.
         - ``tiled``: the input of the block only, and never more than ``tile`` positions of its inside at once: the row
           is run in tiles, with the state carried from one to the next. Exact, because a row split anywhere is the row.
-          A mixer whose state grows (full attention) is run whole, and only the feed-forward half in tiles; a
-          feed-forward whose experts choose among positions is run whole too.
+          A mixer whose state grows (full attention), or whose row is shared by processes, is run whole, and only the
+          feed-forward half in tiles; a feed-forward whose experts choose among positions is run whole too.
 
         Args:
             hidden: the residual stream.
@@ -114,8 +118,9 @@ class Block(nn.Module):
             mixed, state = self.mixer(normed, layout, state, memory)
         else:
             mixed, state = self.mixer(normed, layout, state)
-        if self.training and self.mixer.balance_loss:
-            _add(said, {"router_loss_sum": self.mixer.router_loss_sum(normed, layout)})
+        if self.training and self.mixer.routed:
+            for name, value in self.mixer.router_sums(normed, layout).items():
+                said[name if name.endswith("_sum") else f"{ROUTERS}/{name}"] = value
         return (hidden if self.keeps_input else normed) + mixed, state, said
 
     def feed(self, hidden: Tensor, layout: SequenceLayout) -> tuple[Tensor, Said]:
@@ -135,9 +140,12 @@ class Block(nn.Module):
         save = _save if torch.is_grad_enabled() else _call
         # Cut by split, whose backward joins the gradients once; that of a slice is as long as the whole row, each time.
         parts, outputs, start = hidden.split(tile, dim=1), [], 0
-        if not (self.mixer.causal and self.mixer.bounded_state and self.feeds_each_alone):
+        in_turn = self.mixer.causal and self.mixer.bounded_state and self.feeds_each_alone
+        if layout.fragment is not None or not in_turn:
             hidden, state, every = save(self.mix, hidden, layout, state, memory)
             parts = hidden.split(tile, dim=1) if self.feeds_each_alone else (hidden,)
+            if len(parts) > 1:
+                layout = replace(layout, fragment=None)  # each position by itself: nobody else's are asked for
             for part in parts:
                 stop = start + part.shape[1]
                 output, said = save(self.feed, part, layout.slice(start, stop) if len(parts) > 1 else layout)

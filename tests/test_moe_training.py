@@ -21,6 +21,7 @@ from seqlong.batch import SequenceBatch
 from seqlong.callbacks import ExpertLoad, FiniteGuard, MetricsCsv, RunFolder
 from seqlong.ffn import MoE
 from seqlong.ffn.balance import step_of_bias, wanted_shares
+from seqlong.mixers import MoH
 from seqlong.optim import Schedule
 from seqlong.report import write_report
 from seqlong.tasks import CausalLM
@@ -92,7 +93,7 @@ def test_a_bias_sees_the_whole_step_and_a_skipped_step_leaves_no_trace() -> None
         step = block.ffn.router.bias - before[number - 1]  # type: ignore[union-attr]
         torch.testing.assert_close(step, step_of_bias(sums[number], wanted_shares(4, 0, None), 1e-3))
         assert step.any()
-    assert loads.loads() == {number: load.tolist() for number, load in sums.items()}
+    assert loads.loads() == {(number, "ffn"): load.tolist() for number, load in sums.items()}
     kept = [block.ffn.router.bias.clone() for block in model.blocks]  # type: ignore[union-attr]
     loads.add(model(batch()).aux)
     loads.end_step(model, taken=False)
@@ -172,7 +173,9 @@ class Rows(LightningDataModule):
 def fit(folder: Path, steps: int, accumulate: int = 1, checkpoint: Path | None = None) -> tuple[CausalLM, Trainer]:
     torch.manual_seed(0)
     ffn = partial(MoE, experts=4, active=2, d_hidden=8, identity=1, z_loss=1e-2, bias_rate=0.01)
-    task = CausalLM(config(ffn=ffn), schedule=Schedule(kind="constant"))
+    heads = partial(MoH, heads=4, shared=1, active=2)
+    backbone = config(ffn=ffn, pattern="mh", mixers={**config().mixers, "h": heads})
+    task = CausalLM(backbone, schedule=Schedule(kind="constant"))
     trainer = Trainer(
         max_steps=steps, accumulate_grad_batches=accumulate, default_root_dir=folder, log_every_n_steps=4,
         accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -193,17 +196,25 @@ def test_a_run_balances_logs_checkpoints_and_reports_its_experts(tmp_path: Path)
     assert int(saved["seqlong_expert_loads"]["experts/1/load"].sum()) == 2 * 20 * 2, "one step since the last row"
     onward, _ = fit(tmp_path / "onward", 12, checkpoint=tmp_path / "nine.ckpt")
     lines = (tmp_path / "run" / "experts.csv").read_text().splitlines()
-    assert [line.rsplit(",", 1)[0] for line in lines] == ["step,block", "4,1", "4,2", "8,1", "8,2"]
-    assert sum(map(int, lines[1].rsplit(",", 1)[1].split())) == 4 * 2 * 20 * 2, "four steps of two rows of 20, two each"
+    assert [line.rsplit(",", 1)[0] for line in lines] == [
+        "step,block,part", *[f"{step},{part}" for step in (4, 8) for part in ("1,ffn", "2,mixer", "2,ffn")]
+    ]  # fmt: skip
+    for line, of in zip(lines[1:4], (5, 3, 5), strict=True):  # 4 and 1 idle; heads that are not shared
+        counts = list(map(int, line.rsplit(",", 1)[1].split()))
+        assert len(counts) == of and sum(counts) == 4 * 2 * 20 * 2, "four steps of two rows of 20, two each"
     again = (tmp_path / "onward" / "experts.csv").read_text().splitlines()
     assert sum(map(int, again[1].rsplit(",", 1)[1].split())) == 4 * 2 * 20 * 2, "a row that two sittings share is whole"
     metrics = (tmp_path / "run" / "metrics.csv").read_text()
     for name in ("max_violation", "dead", "entropy", "identity"):
         assert metrics.count(f"experts/2/{name}") == 2
+    assert [metrics.count(f"routers/2/{name}") for name in ("max_violation", "dead", "entropy")] == [2, 2, 2]
+    assert "routers/1" not in metrics and "routers/2/identity" not in metrics
     assert metrics.count("train/router_loss") == 2
     page = write_report(tmp_path / "run").read_text()
-    assert page.count('aria-label="load of 5 experts"') == 2 and page.count("times the mean</title>") == 10
-    assert "Largest MaxVio of any block" in page and "entropy 0." in page
+    assert page.count('aria-label="load of 5 experts"') == 2 and page.count("times the mean</title>") == 13
+    assert page.count('aria-label="load of 3 experts"') == 1 and "2 h mixer" in page and "2 h ffn" in page
+    assert "entropy 0." in page and "entropy nan" not in page
+    assert all(f"Largest MaxVio of any {part}" in page for part in ("mixer", "feed-forward"))
     described = task.describe()
     inner = 2 * (4 - 2) * 3 * 16 * 8  # two blocks, two of four experts, three matrices
     assert described["parameters"] - described["parameters_active"] == inner

@@ -134,19 +134,20 @@ def test_losses_of_the_branches_routers_are_added(mode: str) -> None:
         "s": partial(MoM, mixer=partial(LightningAttention, heads=2), memories=3, balance_loss=0.25),
     }
     block = Block(WIDTH, shaken(Parallel(WIDTH, mixers)), None, RMSNorm).double()
-    assert isinstance(block.mixer, Parallel) and block.mixer.balance_loss
+    assert isinstance(block.mixer, Parallel) and block.mixer.routed
     hidden, layout = torch.randn(2, 23, WIDTH).double(), SequenceLayout.build(2, 23)
     normed = block.mixer_norm(hidden)
     branches = [block.mixer.branches[name] for name in "hs"]
-    expected = sum(branch.router_loss_sum(normed, layout) for branch in branches)  # type: ignore[operator]
+    expected = sum(branch.router_sums(normed, layout)["router_loss_sum"] for branch in branches)  # type: ignore[operator]
     said = block(hidden, layout, checkpointing=mode, tile=23)[2]
     torch.testing.assert_close(said["router_loss_sum"], expected)
     routers = [branch.router.weight for branch in branches]
     assert all(g.abs().max() > 0 for g in torch.autograd.grad(said["router_loss_sum"], routers))
     plain = Parallel(WIDTH, {"m": MAMBA, "a": ATTENTION})
-    assert not plain.balance_loss
+    assert not plain.routed
+    assert plain.router_sums(torch.randn(1, 2, WIDTH), SequenceLayout.build(1, 2)) == {}
     with pytest.raises(NotImplementedError, match="has no router"):
-        plain.router_loss_sum(torch.randn(1, 2, WIDTH), SequenceLayout.build(1, 2))
+        MAMBA(WIDTH).router_sums(torch.randn(1, 2, WIDTH), SequenceLayout.build(1, 2))
 
 
 def test_it_is_causal_and_bounded_if_all_branches_are() -> None:

@@ -1,22 +1,29 @@
-"""Mixers with routers: MoM and SSE against their definitions, MoH against Attention, and the loss for even loads."""
+"""Mixers with routers: MoM and SSE against their definitions, MoH against Attention; loads, the loss for even ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from seqlong.backbone import Backbone, BackboneConfig
+from seqlong.batch import SequenceBatch
 from seqlong.block import Block
 from seqlong.cost import mixer_cost
 from seqlong.ffn import MoE
+from seqlong.ffn.balance import step_of_bias, wanted_shares
 from seqlong.layout import SequenceLayout
-from seqlong.mixers import GLA, RGLRU, SSE, Attention, GatedDeltaNet, Mixer, MoH, MoM
-from seqlong.mixers.visits import unevenness
+from seqlong.mixers import GLA, RGLRU, SSE, Attention, Bidirectional, GatedDeltaNet, Mixer, MoH, MoM, Parallel, Scout
+from seqlong.mixers.routing import unevenness
 from seqlong.norms import RMSNorm
+from seqlong.report.experts import experts_section
+from seqlong.report.record import RunRecord, Series
+from seqlong.tasks.experts import ExpertLoads
 
 WIDTH = 16
 ROUTED: dict[str, Callable[[int], Mixer]] = {
@@ -119,11 +126,11 @@ def test_the_loss_reaches_training_in_every_kind_of_checkpointing(name: str) -> 
     hidden = torch.randn(2, 23, WIDTH, dtype=torch.float64)
     layout = SequenceLayout.build(2, 23, torch.tensor([[1] * 9 + [2] * 14, [1] * 20 + [0] * 3]).int())
     block.eval()
-    assert block(hidden, layout)[2] == {}
+    assert block(hidden, layout)[2] == {}, "in evaluation nothing is counted"
     block.train()
     normed = block.mixer_norm(hidden)
     assert isinstance(block.mixer, Mixer) and isinstance(block.ffn, MoE) and block.ffn_norm is not None
-    own = block.mixer.router_loss_sum(normed, layout)
+    own = block.mixer.router_sums(normed, layout)["router_loss_sum"]
     assert 0.5 * 0.5 * 43 < own < 0.5 * 3 * 43
     fed = block.ffn(block.ffn_norm(block.mix(hidden, layout)[0]), layout)[1]["router_loss_sum"]
     wanted = list(block.parameters())
@@ -145,6 +152,86 @@ def test_what_is_even_costs_one_a_token() -> None:
     assert unevenness(scores, chosen, layout) == 10
     sure = torch.tensor([1.0, 0.0]).expand(2, 6, 2)
     assert unevenness(sure, sure > 0, layout) == 20
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_loads_are_the_choices_of_tokens_that_are_not_padding(name: str) -> None:
+    torch.manual_seed(0)
+    mixer = shaken(ROUTED[name](WIDTH))
+    ids = torch.tensor([[1] * 9 + [2] * 14, [1] * 20 + [0] * 3, [0] * 23], dtype=torch.int32)
+    layout = SequenceLayout.build(3, 23, ids)
+    hidden = torch.randn(3, 23, WIDTH, dtype=torch.float64)
+    weight, active = (mixer.part_proj.weight, 2) if isinstance(mixer, SSE) else (mixer.router.weight, 2)  # type: ignore[union-attr]
+    scores = (hidden[ids > 0] @ weight.T).softmax(dim=-1)  # type: ignore[operator]
+    sums = mixer.router_sums(hidden.masked_fill(ids[..., None] == 0, torch.nan), layout)
+    assert sums["load"].dtype == torch.int64
+    assert sums["load"].tolist() == scores.topk(active).indices.flatten().bincount(minlength=3).tolist()
+    assert sums["positions"] == 43
+    torch.testing.assert_close(sums["entropy"], -(scores * scores.log()).sum())
+    assert sums["router_loss_sum"] > 0 and sums["router_loss_sum"].requires_grad
+    assert not any(value.requires_grad for what, value in sums.items() if what != "router_loss_sum")
+    assert mixer.router_sums(hidden[:2], SequenceLayout.build(2, 23))["positions"] == 46
+    setattr(mixer, "balance_loss", 0.0)  # noqa: B010
+    assert set(mixer.router_sums(hidden, layout)) == {"load", "positions", "entropy"}, "counted without a loss too"
+
+
+def test_routers_of_mixers_and_experts_stand_beside_each_other_in_the_log() -> None:
+    """Under names of their own, summed over batches; no bias of theirs moves, and those of the experts by their own."""
+    torch.manual_seed(0)
+    mixers: dict[str, Callable[[int], Mixer]] = {
+        "h": ROUTED["moh"],
+        "p": partial(Parallel, mixers={"a": ROUTED["moh"], "g": partial(GLA, heads=2), "s": ROUTED["sse"]}),
+        "b": partial(Bidirectional, mixer=ROUTED["mom"]),
+        "t": partial(Bidirectional, mixer=ROUTED["mom"], tied=True),
+        "s": partial(Scout, mixer=ROUTED["sse"], heads=2),
+    }
+    feed = partial(MoE, experts=4, active=1, d_hidden=8, shared=0)
+    model = Backbone(BackboneConfig(16, WIDTH, "hpbts", mixers, ffn=feed, ffns={"p": None}, checkpointing="block"))
+    given = SequenceBatch(tokens=torch.randint(1, 16, (2, 20)), segment_ids=torch.ones(2, 20, dtype=torch.int32))
+    given.segment_ids[1, 15:] = 0  # type: ignore[index]
+    loads = ExpertLoads()
+    counted = [model(given).aux for _ in range(2)]
+    for aux in counted:
+        loads.add(aux)
+    before = {name: value.clone() for name, value in model.named_buffers() if name.endswith("router.bias")}
+    loads.end_step(model)
+    places = {
+        (1, "mixer"): 3, (1, "ffn"): 4, (2, "mixer/a"): 3, (2, "mixer/s"): 3, (3, "mixer/backward"): 3,
+        (3, "mixer/forward"): 3, (3, "ffn"): 4, (4, "mixer"): 3, (4, "ffn"): 4, (5, "mixer"): 3, (5, "ffn"): 4,
+    }  # fmt: skip
+    found = loads.loads()
+    assert list(found) == list(places)
+    for (block, part), experts in places.items():
+        name = f"{'experts' if part == 'ffn' else 'routers'}/{block}{part.removeprefix('ffn').removeprefix('mixer')}"
+        assert found[block, part] == sum(aux[f"{name}/load"] for aux in counted).tolist()  # type: ignore[union-attr]
+        assert len(found[block, part]) == experts and sum(found[block, part]) == 2 * 35 * (1 if part == "ffn" else 2)
+    for name, value in model.named_buffers():
+        if name in before:
+            number = int(name.split(".")[1])
+            if ".ffn." in name:
+                step = step_of_bias(torch.tensor(found[number + 1, "ffn"]), wanted_shares(4, 0, None), 1e-3)
+                assert step.any()
+                torch.testing.assert_close(value - before[name], step)
+            else:
+                assert torch.equal(value, before[name])
+    figures = loads.figures(model)
+    assert figures["routers/2/s/max_violation"] == max(found[2, "mixer/s"]) * 3 / 140 - 1
+    assert {name.rsplit("/", 1)[1] for name in figures} == {"max_violation", "dead", "entropy"}
+    assert all(0 < value < 1 for name, value in figures.items() if name.endswith("entropy"))
+    model.eval()
+    assert model(given).aux == {}
+
+
+def test_the_report_finds_the_figures_of_every_router() -> None:
+    parts = {"mixer": "routers/2", "mixer/a": "routers/3/a", "ffn": "experts/3"}
+    record = RunRecord(Path(), experts=[(4, 2 if part == "mixer" else 3, part, [5, 1, 0]) for part in parts])
+    for number, place in enumerate(parts.values()):
+        for what in ("max_violation", "dead", "entropy"):
+            record.metrics[f"{place}/{what}"] = Series([4], [1.0], [number + 0.5])
+    page = str(experts_section(record))
+    for number, name in enumerate(("2 mixer", "3 mixer a", "3 ffn")):
+        assert f">{name}<" in page and f"MaxVio {number}.50, {number + 0.5:.0f} dead, entropy {number}.50" in page
+    assert page.index(">2 mixer<") < page.index(">3 mixer a<") < page.index(">3 ffn<")
 
 
 @pytest.mark.parametrize("name", ROUTED)

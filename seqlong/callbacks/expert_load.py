@@ -8,14 +8,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 FILE = "experts.csv"
-HEADER = "step,block,loads\n"
+HEADER = "step,block,part,loads\n"
 
 
 class ExpertLoad(Callback):
-    """Append a line a block to experts.csv every ``trainer.log_every_n_steps``, for the report.
+    """Append a line a router to experts.csv every ``trainer.log_every_n_steps``, for the report.
 
-    ``step,block,loads``: optimiser steps done, number of the block from 1, and the choices of each of its experts over
-    the steps since the lines before, with spaces between. Nothing is written where no block has experts.
+    ``step,block,part,loads``: optimiser steps done; number of the block from 1; ``ffn``, or ``mixer`` for a router in
+    the block's mixer, ``mixer/<name>`` for one of several; and the choices of each of its experts over the steps since
+    the lines before, with spaces between. Nothing is written where no block has experts.
     """
 
     def on_train_batch_end(
@@ -26,12 +27,12 @@ class ExpertLoad(Callback):
         experts = getattr(pl_module, "experts", None)
         if experts is None or step % every or trainer.fit_loop._should_accumulate() or not trainer.is_global_zero:
             return
-        loads: dict[int, list[int]] = experts.loads()
+        loads: dict[tuple[int, str], list[int]] = experts.loads()
         if not loads:
             return
         path = Path(trainer.default_root_dir) / FILE
         with path.open("a", encoding="utf-8") as file:
             if not file.tell():
                 file.write(HEADER)
-            for block, counts in loads.items():
-                file.write(f"{step},{block},{' '.join(map(str, counts))}\n")
+            for (block, part), counts in loads.items():
+                file.write(f"{step},{block},{part},{' '.join(map(str, counts))}\n")

@@ -53,7 +53,7 @@ class Mixer(nn.Module):
         bounded_state: whether the state keeps its size however many tokens passed, so that a row can be run in tiles.
         residual_projections: names of the linear layers that write to the residual stream; the backbone scales their
             initial weights with depth.
-        balance_loss: weight of a loss of the mixer's own router, if it has one.
+        routed: whether it has a router (or several), of which ``router_sums`` tells.
         reads_memory: whether it reads what a mixer of an earlier block publishes: ``forward(..., memory)``. With
             ``bounded_state``, each position reads its own place only, and a memory is cut where the row is.
         sequence_parallel: whether it can be given a layout with a ``fragment``: rows that several processes hold.
@@ -64,7 +64,7 @@ class Mixer(nn.Module):
     causal: bool = True
     bounded_state: bool = False
     residual_projections: tuple[str, ...] = ()
-    balance_loss: float = 0.0
+    routed: bool = False
     reads_memory: bool = False
     memory_width: int | None = None
     sequence_parallel: bool = False
@@ -92,8 +92,14 @@ class Mixer(nn.Module):
         """
         raise ValueError(f"{type(self).__name__} reads no memory of another block")
 
-    def router_loss_sum(self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout) -> Float[Tensor, ""]:
-        """What a mixer with ``balance_loss`` adds to the training loss: a sum over tokens, from the same input."""
+    def router_sums(self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout) -> dict[str, Tensor]:
+        """What a ``routed`` mixer's router does with this input, for the log and the loss of training.
+
+        Returns:
+            Sums over tokens that are not padding: ``load`` ``(e)``, the choices of each expert; ``positions`` that
+            chose; ``entropy`` of their scores, nats; under ``<name>/`` if there are several routers; and
+            ``router_loss_sum``, of all of them, if a loss was asked for. See ``seqlong.mixers.routing``.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no router")
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> Any:

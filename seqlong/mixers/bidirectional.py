@@ -13,6 +13,7 @@ from seqlong.mixers.base import Mixer, MixerFactory
 from seqlong.mixers.linear import LinearMixer
 from seqlong.mixers.mamba2 import Mamba2
 from seqlong.mixers.readings import bidirectional_form, join_readings
+from seqlong.mixers.routing import together
 
 if TYPE_CHECKING:
     from seqlong.cost import Cost
@@ -55,7 +56,7 @@ class Bidirectional(Mixer):
             _check_joinable(self.forward_mixer)
         self.tied = tied or self.joined
         self.backward_mixer: Mixer | None = None if self.tied else mixer(d_model)
-        self.balance_loss = self.forward_mixer.balance_loss
+        self.routed = self.forward_mixer.routed
         # Attention needs whole rows, and a row's padding at its end, which turned fragments have in the middle.
         recurrent = isinstance(self.forward_mixer, LinearMixer | Mamba2)
         self.sequence_parallel = recurrent and self.forward_mixer.sequence_parallel and not self.joined
@@ -78,12 +79,13 @@ class Bidirectional(Mixer):
         leftward, _ = mixer(layout.reverse(hidden), layout.reversed)
         return rightward + layout.reverse(leftward), None
 
-    def router_loss_sum(self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout) -> Float[Tensor, ""]:
-        """That of each set of weights: a shared router, which sees each token by itself, counts once."""
-        loss = self.forward_mixer.router_loss_sum(hidden, layout)
+    def router_sums(self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout) -> dict[str, Tensor]:
+        """Those of each set of weights: a shared router, which sees each token by itself, counts once."""
+        rightward = self.forward_mixer.router_sums(hidden, layout)
         if self.backward_mixer is None:
-            return loss
-        return loss + self.backward_mixer.router_loss_sum(layout.reverse(hidden), layout.reversed)
+            return rightward
+        leftward = self.backward_mixer.router_sums(layout.reverse(hidden), layout.reversed)
+        return together({"forward": rightward, "backward": leftward})
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> None:
         raise ValueError("a bidirectional mixer has no state: it needs the whole row")

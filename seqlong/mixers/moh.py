@@ -13,7 +13,7 @@ from seqlong.ffn.router import Router, Routing
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.attention import Attention
 from seqlong.mixers.linear import still
-from seqlong.mixers.visits import unevenness
+from seqlong.mixers.routing import router_sums
 
 
 class MoH(Attention):
@@ -39,6 +39,8 @@ class MoH(Attention):
         bias: whether the projections have biases.
         balance_loss: weight of a loss that keeps the heads' loads even.
     """
+
+    routed = True
 
     def __init__(
         self,
@@ -89,9 +91,9 @@ class MoH(Attention):
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(kept), weight.to(kept)).softmax(dim=-1)
 
-    def router_loss_sum(self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout) -> Float[Tensor, ""]:
-        """``balance_loss`` times how uneven the loads of the heads are, a token, over all tokens."""
+    def router_sums(self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout) -> dict[str, Tensor]:
+        """Of the heads that tokens choose among, those that are not shared."""
         routing = self._routed(still(hidden, layout.padding, 0.0))
         chosen = torch.zeros_like(routing.scores, dtype=torch.bool).scatter(1, routing.experts, True)
         scores, chosen = routing.scores.unflatten(0, layout.shape), chosen.unflatten(0, layout.shape)
-        return self.balance_loss * unevenness(scores, chosen, layout)
+        return router_sums(scores, chosen, layout, self.balance_loss)

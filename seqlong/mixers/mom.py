@@ -14,7 +14,8 @@ from seqlong.layout import SequenceLayout
 from seqlong.mixers.base import Mixer, MixerFactory, MixerState
 from seqlong.mixers.deltanet import GatedDeltaNet
 from seqlong.mixers.linear import LinearMixer, LinearState, still
-from seqlong.mixers.visits import Visits, unevenness
+from seqlong.mixers.routing import router_sums
+from seqlong.mixers.visits import Visits
 
 if TYPE_CHECKING:
     from seqlong.cost import Cost
@@ -48,6 +49,7 @@ class MoM(Mixer):
     """
 
     bounded_state = True
+    routed = True
 
     def __init__(
         self,
@@ -92,13 +94,13 @@ class MoM(Mixer):
         mixed = (visits.scatter(output) * weights[..., None].to(output.dtype)).sum(dim=1)
         return mixed, None if after is None else self._together(after, visits)
 
-    def router_loss_sum(self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout) -> Float[Tensor, ""]:
-        """``balance_loss`` times how uneven the loads are, a token, over all tokens."""
+    def router_sums(self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout) -> dict[str, Tensor]:
+        """Of the memories that tokens choose among; that which sees every token is not one of them."""
         hidden = still(hidden, layout.padding, 0.0)
         routing = self.router(hidden.flatten(0, 1))
         chosen = torch.zeros_like(routing.scores, dtype=torch.bool).scatter(1, routing.experts, True)
         scores, chosen = routing.scores.unflatten(0, layout.shape), chosen.unflatten(0, layout.shape)
-        return self.balance_loss * unevenness(scores, chosen, layout)
+        return router_sums(scores, chosen, layout, self.balance_loss)
 
     def _apart(self, state: MoMState | None) -> LinearState | None:
         """A row for each memory."""

@@ -18,6 +18,7 @@ from seqlong.mixers.attention import Attention
 from seqlong.mixers.base import Mixer, MixerFactory, MixerState
 from seqlong.mixers.linear import precise
 from seqlong.mixers.mamba2 import Mamba2
+from seqlong.mixers.routing import together
 
 if TYPE_CHECKING:
     from seqlong.cost import Cost
@@ -90,7 +91,7 @@ class Parallel(Mixer):
         self.causal = all(mixer.causal for mixer in branches.values())
         self.bounded_state = all(mixer.bounded_state for mixer in branches.values())
         self.sequence_parallel = all(mixer.sequence_parallel for mixer in branches.values())
-        self.balance_loss = max(mixer.balance_loss for mixer in branches.values())
+        self.routed = any(mixer.routed for mixer in branches.values())
 
     def _mixers(self) -> list[Mixer]:
         return list(self.branches.values())  # type: ignore[arg-type]
@@ -117,10 +118,10 @@ class Parallel(Mixer):
             after.append(left)
         return mixed, None if state is None else ParallelState(after)
 
-    def router_loss_sum(self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout) -> Float[Tensor, ""]:
-        """That of every branch with a router, added up."""
-        losses = [mixer.router_loss_sum(hidden, layout) for mixer in self._mixers() if mixer.balance_loss]
-        return torch.stack(losses).sum() if losses else super().router_loss_sum(hidden, layout)
+    def router_sums(self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout) -> dict[str, Tensor]:
+        """Those of every branch with a router, by the branch's name."""
+        branches = zip(self.branches, self._mixers(), strict=True)
+        return together({name: mixer.router_sums(hidden, layout) for name, mixer in branches if mixer.routed})
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> ParallelState:
         return ParallelState([mixer.initial_state(rows, device, dtype) for mixer in self._mixers()])

@@ -86,6 +86,7 @@ class Scout(Mixer):
         self.mixer = mixer(d_model)
         if not self.mixer.causal:
             raise ValueError(f"Scout reads checkpoints behind a token; {type(self.mixer).__name__} sees both sides")
+        self.routed = self.mixer.routed
         self.norm = nn.RMSNorm(d_model, eps=norm_eps)
         self.qkv_proj = nn.Linear(d_model, (heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
@@ -111,6 +112,10 @@ class Scout(Mixer):
         far, checkpoints = attend_summaries(q, k, v, nothing, self.every, layout, checkpoints)
         after = None if checkpoints is None else ScoutState(local, checkpoints)
         return near + self.out_proj(far.flatten(2)), after
+
+    def router_sums(self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout) -> dict[str, Tensor]:
+        """Those of the mixer within, which has the same input."""
+        return self.mixer.router_sums(hidden, layout)
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> ScoutState:
         empty = torch.zeros(rows, 0, self.kv_heads, self.head_dim, device=device, dtype=dtype)

@@ -12,7 +12,7 @@ from seqlong.layout import SequenceLayout
 from seqlong.mixers.base import Mixer
 from seqlong.mixers.linear import LinearState, LowRank, precise, split_heads, still
 from seqlong.mixers.recurrences import vector_decay
-from seqlong.mixers.visits import unevenness
+from seqlong.mixers.routing import router_sums
 
 
 class SSE(Mixer):
@@ -39,6 +39,7 @@ class SSE(Mixer):
     """
 
     bounded_state = True
+    routed = True
     residual_projections = ("out_proj",)
 
     def __init__(
@@ -111,9 +112,10 @@ class SSE(Mixer):
         best = scores.detach().topk(self.active, dim=-1).indices
         return scores, torch.zeros_like(scores, dtype=torch.bool).scatter(2, best, True)
 
-    def router_loss_sum(self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout) -> Float[Tensor, ""]:
-        """``balance_loss`` times how uneven the loads of the parts are, a token, over all tokens."""
-        return self.balance_loss * unevenness(*self._choose(still(hidden, layout.padding, 0.0)), layout)
+    def router_sums(self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout) -> dict[str, Tensor]:
+        """Of the parts that tokens choose among; that of all tokens is not one of them."""
+        scores, chosen = self._choose(still(hidden, layout.padding, 0.0))
+        return router_sums(scores, chosen, layout, self.balance_loss)
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> LinearState:
         kept = torch.float64 if dtype == torch.float64 else torch.float32

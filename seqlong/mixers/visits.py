@@ -1,4 +1,4 @@
-"""Memories that tokens visit: which memory sees which tokens, and the loss that keeps their load even."""
+"""Memories that tokens visit: which memory sees which tokens."""
 
 from __future__ import annotations
 
@@ -60,19 +60,3 @@ class Visits:
         """Results back at their tokens."""
         split = y.unflatten(0, self.order.shape[:2])
         return split.gather(2, self.order.argsort(dim=2)[..., None].expand_as(split))
-
-
-def unevenness(
-    scores: Float[Tensor, "b t e"], chosen: Bool[Tensor, "b t e"], layout: SequenceLayout
-) -> Float[Tensor, ""]:
-    """``e · Σ_e share_e · mean score_e`` of each row, times its tokens, over all rows: 1 a token where all is even.
-
-    A row's share is that of its choices; scores of a token are divided by their sum. Source: arXiv 2101.03961.
-    """
-    scores = scores / scores.sum(dim=-1, keepdim=True)
-    if layout.padding is not None:
-        scores = scores.masked_fill(layout.padding[..., None], 0)
-        chosen = chosen & ~layout.padding[..., None]
-    counts = chosen.sum(dim=1)
-    shares = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
-    return scores.shape[-1] * (shares * scores.sum(dim=1)).sum()

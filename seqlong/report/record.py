@@ -50,7 +50,7 @@ class RunRecord:
     floors: list[dict[str, Any]] = field(default_factory=list)
     config: str = ""
     metrics: dict[str, Series] = field(default_factory=dict)
-    experts: list[tuple[int, int, list[int]]] = field(default_factory=list)  # step, block from 1, choices of each
+    experts: list[tuple[int, int, str, list[int]]] = field(default_factory=list)  # step, block from 1, part, choices
     problems: list[str] = field(default_factory=list)
 
     def series(self, name: str) -> Series:
@@ -174,18 +174,18 @@ def _read_metrics(record: RunRecord) -> dict[str, Series]:
     return _current(rows)
 
 
-def _read_experts(record: RunRecord) -> list[tuple[int, int, list[int]]]:
+def _read_experts(record: RunRecord) -> list[tuple[int, int, str, list[int]]]:
     """The lines of experts.csv that belong to the final course of the run; torn and unreadable ones are left out."""
-    kept: list[tuple[int, int, list[int]]] = []
+    kept: list[tuple[int, int, str, list[int]]] = []
     for line in _read_text(record, "experts.csv").split("\n")[1:-1]:
         try:
-            step, block, loads = line.split(",")
-            entry = (int(step), int(block), [int(load) for load in loads.split()])
+            step, block, part, loads = line.split(",")
+            entry = (int(step), int(block), part, [int(load) for load in loads.split()])
         except ValueError:
             continue
-        while kept and (kept[-1][0] > entry[0] or kept[-1][:2] == entry[:2]):
+        while kept and (kept[-1][0] > entry[0] or kept[-1][:3] == entry[:3]):
             kept.pop()
-        if entry[2]:
+        if entry[3]:
             kept.append(entry)
     return kept
 
