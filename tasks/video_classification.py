@@ -109,11 +109,14 @@ class VideoClassification(SequenceTask):
         if self.pool == "last":
             return hidden
         assert batch.targets is not None
-        if batch.segment_ids is None:
+        if batch.segment_ids is None and batch.fragment is None:
             mean = hidden.mean(dim=1, keepdim=True)
         else:
-            real = (batch.segment_ids != 0)[..., None]
-            mean = (hidden * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
+            real = torch.ones_like(batch.targets) if batch.segment_ids is None else (batch.segment_ids != 0).long()
+            total, count = (hidden * real[..., None]).sum(dim=1), real.sum(dim=1).to(hidden.dtype)
+            if batch.fragment is not None:  # the clip goes on with other processes
+                total, count = (batch.fragment.gather(value).sum(dim=0) for value in (total, count))
+            mean = (total / count.clamp(min=1)[:, None])[:, None]
         return torch.where((batch.targets >= 0)[..., None], mean, hidden)
 
     def forward(self, batch: SequenceBatch) -> Float[Tensor, "b t y"]:
@@ -128,6 +131,8 @@ class VideoClassification(SequenceTask):
             -1 where unknown; ``index`` ``(b)``; ``source``. All on the CPU, without rows that only fill up a batch.
         """
         rows, length = batch.shape
+        if self._sequence is not None:
+            raise ConfigError("predict writes rows that one process holds; set trainer.strategy=auto or ddp")
         assert batch.targets is not None
         last = torch.full((rows,), length - 1) if batch.segment_ids is None else (batch.segment_ids != 0).sum(1) - 1
         last = last.to(batch.targets.device).clamp(min=0)[:, None]
@@ -146,7 +151,7 @@ class VideoClassification(SequenceTask):
         }
 
     def _evaluate(self, batch: SequenceBatch, part: str) -> dict[str, Tensor]:
-        batch = self.prepare(batch)
+        batch = self._own(self.prepare(batch))
         assert batch.targets is not None
         hidden = self.pooled(self.backbone(batch).hidden, batch)
         counted = batch.targets >= 0
@@ -168,7 +173,8 @@ class VideoClassification(SequenceTask):
             figures.append(("video_accuracy", videos))
         for name, metric in figures:
             self.log(f"{part}/{name}", metric, on_step=False, on_epoch=True, batch_size=batch.shape[0])  # type: ignore[arg-type]
-        return {"nll": nll, "right": predicted == batch.targets, "counted": counted, "targets": batch.targets}
+        said = {"nll": nll, "right": predicted == batch.targets, "counted": counted, "targets": batch.targets}
+        return said if batch.fragment is None else {name: batch.fragment.join(value) for name, value in said.items()}
 
 
 class VideoAccuracy(Metric):

@@ -13,9 +13,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from seqlong.backbone import BackboneConfig
+from seqlong.backbone import BackboneConfig, BackboneOutput
 from seqlong.batch import SequenceBatch
 from seqlong.errors import ConfigError
+from seqlong.fragment import Fragment
 from seqlong.metrics import world
 from seqlong.optim import Optimizer, Schedule
 from seqlong.tasks.base import SequenceTask
@@ -89,20 +90,24 @@ class PatchTask(SequenceTask):
         """What the model makes of a batch as it is to see it."""
         return self.to_patch(self.backbone(batch).hidden).float()
 
-    def _errors(self, batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Squared error and power of what is predicted, per position ``(b t)``, which count, and what blocks report."""
-        shown, aim, counted = self.aims(self.prepare(batch))
+    def _errors(self, batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor, BackboneOutput, Fragment | None]:
+        """Squared error and power of what is predicted, per position ``(b t)``, which count, what the backbone gave, and
+        of which part of the rows all of it is."""
+        shown, aim, counted = self.aims(self.prepare(batch))  # of whole rows: what comes next may be another's part
+        shown = self._own(shown)
+        if shown.fragment is not None:
+            aim, counted = shown.fragment.own(aim), shown.fragment.own(counted)
         aim = aim.float()
         if self.normalise:
             mean, variance = aim.mean(dim=-1, keepdim=True), aim.var(dim=-1, keepdim=True)
             aim = (aim - mean) / (variance + 1e-6).sqrt()
         output = self._run(shown) if self.training else self.backbone(shown)  # a carried state is training's
         guess = self.to_patch(output.hidden).float()
-        return (guess - aim).square().mean(-1), aim.square().mean(-1), counted, output.aux
+        return (guess - aim).square().mean(-1), aim.square().mean(-1), counted, output, shown.fragment
 
     def objective(self, batch: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to go backwards from, and the figures of this rank."""
-        error, _, counted, found = self._errors(batch)
+        error, _, counted, output, _ = self._errors(batch)
         ranks = world()[1]
         totals = torch.stack([counted.sum().float(), torch.tensor(float(counted.numel()), device=error.device)])
         if ranks > 1:
@@ -110,7 +115,7 @@ class PatchTask(SequenceTask):
         total, positions = totals.clamp(min=1)
         loss = (error * counted).sum() * ranks / total
         aux = {}
-        for name, value in found.items():
+        for name, value in output.aux.items():
             if name.endswith("_sum"):
                 name, value = name.removesuffix("_sum"), value * ranks / positions
             if not name.startswith(PREFIX):
@@ -118,19 +123,20 @@ class PatchTask(SequenceTask):
             if name.endswith("_loss"):
                 loss = loss + value
         if self.training:
-            self.experts.add(found)
+            self.experts.add(output.aux)
         # In bits of a normal distribution of deviation 1 about the guess, so that curves of tasks look alike.
         nats = ((error.detach() + math.log(2 * math.pi)) / 2 * counted).sum(dtype=torch.float64)
         return loss, {"nats": nats, "count": counted.sum(), **aux}
 
     def _evaluate(self, batch: SequenceBatch, part: str) -> dict[str, Tensor]:
-        error, power, counted, _ = self._errors(batch)
+        error, power, counted, _, here = self._errors(batch)
         of_error, of_power = self.get_submodule(f"{part}_error"), self.get_submodule(f"{part}_power")
         weight = counted.float()
         of_error.update(error, weight)  # type: ignore[operator]
         of_power.update(power, weight)  # type: ignore[operator]
         self.log(f"{part}/loss", of_error, on_step=False, on_epoch=True, batch_size=batch.shape[0])  # type: ignore[arg-type]
-        return {"error": error, "power": power, "counted": counted}
+        said = {"error": error, "power": power, "counted": counted}
+        return said if here is None else {name: here.join(value) for name, value in said.items()}
 
     def on_validation_epoch_end(self) -> None:
         """The share of the variance that is explained."""
@@ -151,6 +157,8 @@ class PatchTask(SequenceTask):
         Returns:
             ``patches`` ``(b t p)``, ``counted`` ``(b t)``: where the task asked for them; ``index``, ``source``.
         """
+        if self._sequence is not None:
+            raise ConfigError("predict writes rows that one process holds; set trainer.strategy=auto or ddp")
         shown, _, counted = self.aims(self.prepare(batch))
         assert batch.index is not None
         return {
