@@ -67,19 +67,21 @@ def losses(folder: Path) -> dict[tuple[str, int], float]:
     """(name, step) -> value of what a run logged of training and validation, the last time it did."""
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    wanted = ("train/loss", "train/bits", "train/tokens", "val/bits", "val/accuracy")
+    wanted = ("train/loss", "train/bits", "train/tokens", "grad_norm", "val/bits")
     return {(row["name"], int(row["step"])): float(row["value"]) for row in rows if row["name"] in wanted}
 
 
 def test_runs_on_more_processes_are_the_run_on_one(tmp_path: Path) -> None:
-    """Also where it goes on with another degree and another number of processes than it began with."""
+    """Rows and weights in parts, experts apart, tiles, steps of two batches; and going on with another strategy, degree
+    and number of processes from a checkpoint."""
     command = [
         str(Path(sys.executable).with_name("seqlong")), "fit", "experiment=dna/demo", "data.length=128",
-        "data.batch_size=4", "trainer.accelerator=cpu",
+        "data.batch_size=4", "trainer.accelerator=cpu", "trainer.accumulate_grad_batches=2",
         "trainer.log_every_n_steps=1", "trainer.val_check_interval=2", "trainer.limit_val_batches=2",
         "model.backbone.mixers.m.class_path=seqlong.mixers.GatedDeltaNet", "~model.backbone.mixers.m.init_args",
+        "model.backbone.ffn.class_path=seqlong.ffn.MoE", "model.backbone.checkpointing=tiled", "model.backbone.tile=48",
     ]  # fmt: skip
-    four = "trainer.strategy={class_path: seqlong.parallel.strategy.SequenceParallel, init_args: {degree: 2}}"
+    apart = "{class_path: seqlong.parallel.fully_shard.FullyShard, init_args: {degree: 2, expert_parallel: true}}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def run(*words: str) -> None:
@@ -88,15 +90,15 @@ def test_runs_on_more_processes_are_the_run_on_one(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
-    run("run.dir=one", "trainer.max_steps=4")
-    earlier = "trainer.callbacks.checkpoints.init_args.mode=max"  # bits fall: the checkpoint of step 2 is kept
-    run("run.dir=many", "trainer.max_steps=4", "trainer.devices=4", four, earlier)
-    (middle,) = (tmp_path / "many" / "checkpoints").glob("best-2-*.ckpt")
-    two = ["trainer.devices=2", "trainer.strategy=sequence_parallel", f"--ckpt_path={middle}"]
-    run("run.dir=more", "trainer.max_steps=4", *two)
-    one, many, more = (losses(tmp_path / name) for name in ("one", "many", "more"))
-    assert {key for key in one if key[1] > 2} == set(more)
-    assert set(one) == set(many) and len(one) > 12
-    for key, value in one.items():
-        assert many[key] == pytest.approx(value, abs=2e-5), key
-        assert more.get(key, value) == pytest.approx(value, abs=2e-5), key
+    run("run.dir=one", "trainer.max_steps=3")
+    earlier = "trainer.callbacks.checkpoints.init_args.every_n_train_steps=2"
+    run("run.dir=many", "trainer.max_steps=2", "trainer.devices=4", f"trainer.strategy={apart}", earlier)
+    two = ["trainer.max_steps=3", "trainer.devices=2", f"--ckpt_path={tmp_path / 'many' / 'checkpoints' / 'last.ckpt'}"]
+    run("run.dir=rows", *two, "trainer.strategy=sequence_parallel")
+    run("run.dir=weights", *two, "trainer.strategy=seqlong_fsdp2")
+    one, many, rows, weights = (losses(tmp_path / name) for name in ("one", "many", "rows", "weights"))
+    assert set(many) == {key for key in one if key[1] <= 2} and set(rows) == set(weights)
+    assert {name for name, step in rows if step == 3} >= {"train/loss", "grad_norm"}
+    for found in (many, rows, weights):
+        for key, value in found.items():
+            assert value == pytest.approx(one[key], rel=1e-5, abs=2e-5), key
