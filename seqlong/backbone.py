@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -220,6 +220,8 @@ class Backbone(nn.Module):
                 offset=None if state is None else state.position,
                 device=batch.inputs.device,
             )
+        if batch.prefix is not None:
+            layout = replace(layout, prefix=batch.prefix)
         tokens, whole = batch.tokens, layout
         if self.strands is not None and tokens is not None:
             tokens, layout = self.strands.both(tokens, whole)

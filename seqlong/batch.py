@@ -37,6 +37,8 @@ class SequenceBatch:
             it, so that a resumed run draws the same.
         source: where each row came from, such as ``"chr1:1000-2000:+"``.
         patches: ``(b t p)`` float, instead of tokens, or between them.
+        prefix: ``(b t)`` bool, True at the beginning of each segment, as far as its tokens may see one another in both
+            directions; for mixers that can (``PrefixAttention``, ``PrefixMixer``). None: nowhere.
         fragment: which part of longer rows this is, where several processes share them; else None.
     """
 
@@ -49,6 +51,7 @@ class SequenceBatch:
     index: Int[Tensor, "b"] | None = None
     source: list[str] | None = None
     patches: Float[Tensor, "b t p"] | None = None
+    prefix: Bool[Tensor, "b t"] | None = None
     fragment: Fragment | None = None
 
     @property

@@ -39,12 +39,14 @@ class SequenceLayout:
         previous: ``(b)`` the segment id just before position 0, for a slice of longer rows; None at a row's beginning.
             Where it differs from the first id, a carried state is not for these tokens.
         fragment: under sequence parallelism, which part of longer rows this is, and who holds the others; else None.
+        prefix: ``(b t)`` True where tokens of a segment's beginning see one another in both directions; None: nowhere.
     """
 
     segment_ids: Int[Tensor, "b t"] | None
     positions: Int[Tensor, "b t"] | Int[Tensor, "b t 3"]
     previous: Int[Tensor, "b"] | None = None
     fragment: Fragment | None = None
+    prefix: Bool[Tensor, "b t"] | None = None
     _known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
@@ -143,7 +145,8 @@ class SequenceLayout:
         if ids is not None:
             previous = ids[:, start - 1] if start > 0 else previous
             ids = ids[:, start:stop]
-        return SequenceLayout(ids, self.positions[:, start:stop], previous)
+        prefix = None if self.prefix is None else self.prefix[:, start:stop]
+        return SequenceLayout(ids, self.positions[:, start:stop], previous, prefix=prefix)
 
     @_once
     def reversal(self) -> Int[Tensor, "b t"] | None:
