@@ -6,23 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from seqlong.datamodules.dna.contig_names import aliases, numbers_by_name
 from seqlong.datamodules.dna.genome import Genome
 from seqlong.errors import DataError, nearest
 
-_MITOCHONDRION = ("MT", "M", "chrM", "chrMT", "MtDNA", "rCRS", "mito", "mitochondrion")
-#: Numbers of RefSeq accessions NC_0000nn -> chromosome. NCBI, human (any assembly) and mouse.
-_REFSEQ = {
-    **{number: str(number) for number in range(1, 23)},
-    23: "X",
-    24: "Y",
-    12920: "MT",
-    1807: "MT",
-    **{66 + number: str(number) for number in range(1, 20)},
-    86: "X",
-    87: "Y",
-    5089: "MT",
-}
-_ACCESSION = re.compile(r"NC_0*(\d+)(?:\.\d+)?")
 _REGION = re.compile(r"(.+):([\d,]+)-([\d,]+)")
 
 
@@ -63,14 +50,9 @@ class Contigs:
 
     def __post_init__(self) -> None:
         self._known: dict[str, Place | None] = {}
-        self._names: dict[str, Place] = {}
         self._regions: dict[str, list[tuple[Place, int]]] = {}
+        self._names = {name: Place(number) for name, number in numbers_by_name(self.genome).items()}
         for number, contig in enumerate(self.genome.contigs):
-            self._names.setdefault(contig.name, Place(number))
-        for number, contig in enumerate(self.genome.contigs):
-            for part in contig.name.split("|")[1:]:  # gi|9626243|ref|NC_001416.1|, as NCBI wrote it
-                if len(part) > 3 and not part.isdigit():
-                    self._names.setdefault(part, Place(number))
             match = _REGION.fullmatch(contig.name)
             if match:
                 start, stop = (int(text.replace(",", "")) for text in match.group(2, 3))
@@ -113,21 +95,4 @@ class Contigs:
             self.renamed.append(said)
 
 
-def aliases(name: str) -> list[str]:
-    """Other names of a contig, likeliest first."""
-    found: list[str] = []
-    bare = name.removeprefix("chr").removeprefix("Chr").removeprefix("CHR")
-    if name in _MITOCHONDRION:
-        found += _MITOCHONDRION
-    match = _ACCESSION.fullmatch(name)
-    if match and int(match[1]) in _REFSEQ:
-        chromosome = _REFSEQ[int(match[1])]
-        found += [chromosome, f"chr{chromosome}", *(_MITOCHONDRION if chromosome == "MT" else ())]
-    found += [bare, f"chr{bare}", f"Chr{bare}"]
-    # The other way round: the accession of a chromosome. Versions differ between assemblies, so the newest comes first.
-    chromosome = "MT" if name in _MITOCHONDRION else bare
-    for number, called in _REFSEQ.items():
-        if called == chromosome:
-            found += [f"NC_{number:06d}.{version}" for version in range(15, 0, -1)]
-    found += [name.partition(".")[0], f"{name}.1"]  # an accession with and without its version
-    return [other for place, other in enumerate(found) if other != name and other not in found[:place]]
+__all__ = ["Contigs", "Place", "aliases"]
