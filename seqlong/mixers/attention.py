@@ -132,15 +132,25 @@ class Attention(Mixer):
         """``forward``, and the keys and values that it attended to, those of the cache first."""
         if layout.padding is not None:
             hidden = hidden.masked_fill(layout.padding[..., None], 0)
-        qkv = self.qkv_proj(hidden).unflatten(2, (-1, self.head_dim))
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        q, k, v = self._project(hidden, layout)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self._normed(q, self.q_norm.weight), self._normed(k, self.k_norm.weight)
         if self.positions == "rope":
             places = layout.positions if layout.positions.dim() == 2 or len(self.axes) > 1 else layout.positions[..., 0]
             q, k = (rotary_axes(x, places, self.axes, self.rope_base, self.rope_scale) for x in (q, k))
         mixed, after, seen = self._attend(q, k, v, layout, state)
-        return self.out_proj(self._weigh(mixed, hidden).flatten(2)), after, seen
+        return self._write(mixed, hidden, layout), after, seen
+
+    def _project(self, hidden: Float[Tensor, "b t d"], layout: SequenceLayout) -> tuple[Tensor, ...]:
+        """Queries ``(b t h k)``, keys and values ``(b t g k)``; hidden is zero at padding."""
+        qkv = self.qkv_proj(hidden).unflatten(2, (-1, self.head_dim))
+        return qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+
+    def _write(
+        self, mixed: Float[Tensor, "b t h v"], hidden: Float[Tensor, "b t d"], layout: SequenceLayout
+    ) -> Float[Tensor, "b t d"]:
+        """What the heads' results add to the residual stream."""
+        return self.out_proj(self._weigh(mixed, hidden).flatten(2))
 
     def _normed(self, x: Float[Tensor, "b t h k"], weight: Float[Tensor, "w"]) -> Float[Tensor, "b t h k"]:
         """RMSNorm of each head, or of all together."""
