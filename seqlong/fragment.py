@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -60,7 +60,7 @@ class Fragment:
             return None
         return ids[:, (self.rank + 1) * (ids.shape[1] // self.size)]
 
-    def gather(self, x: Float[Tensor, "..."]) -> Float[Tensor, "w ..."]:
+    def gather(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "w ..."]:
         """Every fragment's ``x``, in the order in which fragments are read; gradients go back to their owners."""
         every = _Gather.apply(x, self.group, self.size)
         return every.flip(0) if self.turned else every
