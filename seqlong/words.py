@@ -87,6 +87,8 @@ PEERS: dict[str, dict[str, Peers]] = {
         "GatedMemoryUnit": Peers(also="GMU, SambaY, memory sharing"),
         "Parallel": Peers("", "", "FalconH1DecoderLayer", "",
             "hybrid heads, parallel heads, Hymba, Falcon-H1, attention beside SSM"),
+        "PrefixAttention": Peers(also="prefix-LM, prefix mask, UniLM, non-causal prefix"),
+        "PrefixMixer": Peers(also="JRT-RNN, prefix linear attention, PLA, bidirectional prefix, Birdie"),
         "RGLRU": Peers("", "", "RecurrentGemmaRglru", "", "Griffin, RG-LRU, Hawk"),
         "RWKV6": Peers("RWKV6Attention", "", "", "rwkv6 (Linear-MoE)", "Finch"),
         "RWKV7": Peers("RWKV7Attention", "", "", "rwkv7 (Linear-MoE)", "Goose"),

@@ -52,6 +52,8 @@ from seqlong.mixers import (
     MoM,
     NativeSparseAttention,
     Parallel,
+    PrefixAttention,
+    PrefixMixer,
     Rat,
     RetNet,
     Scout,
@@ -138,6 +140,8 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "parallel_both_sides": partial(
         Parallel, mixers={"a": partial(Attention, heads=2, causal=False), "g": partial(GLA, heads=2)}
     ),
+    "prefix_attention": partial(PrefixAttention, heads=4, kv_heads=2),
+    "prefix_mamba2": partial(PrefixMixer, mixer=partial(Mamba2, d_state=8, head_dim=8)),
     "mamba2_both_sides": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8)),
     "simple_gla_joined": partial(Bidirectional, mixer=partial(SimpleGLA, heads=2, conv_width=0), join="readings"),
     "gla_joined": partial(Bidirectional, mixer=partial(GLA, heads=2), join="readings"),

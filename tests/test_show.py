@@ -28,7 +28,7 @@ from seqlong.kernels.probes import PROBES
 from seqlong.kernels.scalar_decay.reference import scalar_decay_reference
 from seqlong.kernels.vector_decay.reference import vector_decay_reference
 from seqlong.layout import SequenceLayout
-from seqlong.mixers import Attention, Bidirectional, Mamba2, Mixer, MoBA, NativeSparseAttention
+from seqlong.mixers import Attention, Bidirectional, Mamba2, Mixer, MoBA, NativeSparseAttention, PrefixMixer
 from seqlong.show import repeated, show
 from seqlong.words import PEERS, vocabulary
 
@@ -38,7 +38,7 @@ MIXERS = {
     for name in seqlong.mixers.__all__
     if inspect.isclass(target := getattr(seqlong.mixers, name))
     and issubclass(target, Mixer)
-    and target not in (Mixer, Bidirectional)
+    and target not in (Mixer, Bidirectional, PrefixMixer)
 }
 VARIANTS: dict[str, Any] = {
     **{name: mixer for name, mixer in MIXERS.items() if not mixer.reads_memory},  # those: tests/test_sharing.py
@@ -48,7 +48,7 @@ VARIANTS: dict[str, Any] = {
     "grouped Mamba2": lambda d: Mamba2(d, d_state=16, head_dim=16, groups=2),
 }
 #: Mixers, as they come, that do more for a token the longer the row is.
-GROWING = ("Attention", "DifferentialAttention", "LatentAttention", "MoH", "Parallel", "Rat", "Scout")
+GROWING = ("Attention", "DifferentialAttention", "LatentAttention", "MoH", "Parallel", "PrefixAttention", "Rat", "Scout")
 GROWING_SLOWLY = ("MoBA", "NativeSparseAttention")
 
 
@@ -365,7 +365,7 @@ def test_patterns_are_written_as_what_repeats() -> None:
 def test_the_vocabulary_has_everything_there_is() -> None:
     entries = vocabulary()
     kinds = {kind: {entry.word for entry in entries if entry.kind == kind} for kind in PEERS}
-    assert kinds["mixer"] == {*MIXERS, "Bidirectional"} and kinds["op"] == set(PROBES)
+    assert kinds["mixer"] == {*MIXERS, "Bidirectional", "PrefixMixer"} and kinds["op"] == set(PROBES)
     assert kinds["feed-forward"] == {n for n in seqlong.ffn.__all__ if inspect.isclass(getattr(seqlong.ffn, n))}
     for target in (*MIXERS.values(), seqlong.ffn.MoE):
         assert set(inspect.signature(target).parameters) <= kinds["setting"]

@@ -18,6 +18,7 @@ from seqlong.mixers.mlstm import MLSTM
 from seqlong.mixers.moh import MoH
 from seqlong.mixers.mom import MoM
 from seqlong.mixers.parallel import Parallel
+from seqlong.mixers.prefix import PrefixAttention, PrefixMixer
 from seqlong.mixers.rat import Rat
 from seqlong.mixers.rglru import RGLRU
 from seqlong.mixers.rwkv6 import RWKV6
@@ -61,6 +62,8 @@ __all__ = [
     "MoM",
     "NativeSparseAttention",
     "Parallel",
+    "PrefixAttention",
+    "PrefixMixer",
     "Rat",
     "RetNet",
     "Scout",
