@@ -18,7 +18,7 @@ LONGEST_FILE = 500
 
 # What each part may import of seqlong, beside itself. A new file or folder in seqlong/ needs a line here: where it
 # stands is a decision. `...` is everything: the programs at the top, which nothing below may import.
-BASE = {"batch", "errors", "fragment", "labels", "layout"}
+BASE = {"batch", "errors", "fragment", "labels", "layout", "tracks"}
 MODEL = {
     "backbone", "block", "cost", "embeddings", "ffn", "heads", "mixers", "norms", "parallel", "positions", "state",
     "strands",
@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(BASE, BASE),
     "kernels": BASE,
     **{name: BASE | {"kernels"} | MODEL for name in MODEL},
-    "datamodules": {"batch", "errors", "labels"},
+    "datamodules": {"batch", "errors", "labels", "tracks"},
     "runs": {"errors"},
     "metrics": BASE,
     "optim": UNDER_TASKS,
