@@ -29,8 +29,8 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER))
 
 import torch  # noqa: E402
-import yaml  # noqa: E402
 from _contenders import import_mamba_ssm, lend_convolution, missing, tune_briefly  # noqa: E402
+from _models import preset  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 # kernels.py beside this script is not PyPI's package of that name, which transformers looks for.
@@ -68,7 +68,9 @@ def _shape(model: str) -> tuple[int, int]:
 def ours(model: str, checkpointing: str) -> tuple[nn.Module, Loss]:
     layers, width = _shape(model)
     if model.startswith("hybridna"):
-        config = _from_yaml(model, layers, width, checkpointing)
+        config = preset(
+            model, layers=layers, d_model=width, checkpointing=checkpointing, residual_in_fp32=checkpointing != "tiled"
+        )
     else:
         from seqlong.mixers import Mamba2
 
@@ -84,31 +86,6 @@ def ours(model: str, checkpointing: str) -> tuple[nn.Module, Loss]:
         return head.loss(backbone(SequenceBatch(tokens=tokens)).hidden, targets).mean()
 
     return nn.ModuleList([backbone, head]), loss
-
-
-def _from_yaml(model: str, layers: int, width: int, checkpointing: str) -> BackboneConfig:
-    """The preset that users get, built without the command line."""
-    path = FOLDER.parent / "configs" / "model" / f"{model}.yaml"
-    if not path.is_file():  # the scripts were copied away from the package
-        import seqlong.configs
-
-        path = Path(seqlong.configs.__file__ or "").parent / "model" / f"{model}.yaml"
-    settings = yaml.safe_load(path.read_text())["backbone"]
-
-    def factory(said: dict[str, Any]) -> Any:
-        module, name = said["class_path"].rsplit(".", 1)
-        return partial(getattr(import_module(module), name), **said["init_args"])
-
-    mixers = {letter: factory(said) for letter, said in settings["mixers"].items()}
-    settings.update(
-        mixers=mixers,
-        ffn=factory(settings["ffn"]),
-        layers=layers,
-        d_model=width,
-        checkpointing=checkpointing,
-        residual_in_fp32=checkpointing != "tiled",
-    )
-    return BackboneConfig(**settings)
 
 
 def fla(model: str, _checkpointing: str) -> tuple[nn.Module, Loss]:

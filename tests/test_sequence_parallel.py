@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ NAMES = [
     "gla_conv", "hgrn2", "linear_attention", "linear_attention_softmax", "retnet", "lightning", "lightning_low_rank",
     "cosformer2", "simple_gla", "deltanet", "deltanet_negative", "gated_deltanet", "gated_deltanet_groups", "kda",
     "kda_safe", "rwkv7", "log_linear_mamba2", "mamba2_both_sides", "mamba2_both_sides_tied",
-    "gla_joined", "latent", "parallel", "parallel_both_sides",
+    "gla_joined", "latent", "switch_head", "switch_head_both_sides", "parallel", "parallel_both_sides",
 ]  # fmt: skip
 
 
@@ -102,3 +103,20 @@ def test_runs_on_more_processes_are_the_run_on_one(tmp_path: Path) -> None:
     for found in (many, rows, weights):
         for key, value in found.items():
             assert value == pytest.approx(one[key], rel=1e-5, abs=2e-5), key
+
+
+def test_the_benchmark_runs_on_any_number_of_processes(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    script = Path(__file__).parent.parent / "benchmarks" / "parallel.py"
+    words = ["--gpus", "2", "--lengths", "64", "--models", "linear_moe_2b", "--weights", "experts", "--steps", "1"]
+    done = subprocess.run(
+        [sys.executable, str(script), *words, "--recurrent", "states,rows", "--log", str(tmp_path / "log")],
+        env={**os.environ, "SEQLONG_BENCHMARKS": str(tmp_path / "benchmarks")}, capture_output=True, text=True,
+        timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    dense, states, rows = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [case["degree"] for case in (dense, states, rows)] == [1, 2, 2]
+    assert states["loss"] == pytest.approx(rows["loss"], abs=1e-3)
+    # Ways to cut differ in what they exchange, and all bring the other half of the weights that are not experts.
+    assert states["received_mib"] != rows["received_mib"] and min(states["received_mib"], dense["received_mib"]) > 0

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -79,27 +80,13 @@ class FullyShard(SequenceParallel):
         assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
         self.precision_plugin.convert_module(self.lightning_module)
-        self._shard(self.lightning_module)
+        assert self._weights is not None
+        shard(self.lightning_module, self._weights, self.root_device, self.expert_parallel, self.keep_gathered)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False  # what is gathered under it could not be trained with
-
-    def _shard(self, model: LightningModule) -> None:
-        sum_only = self.root_device.type == "cpu"  # gloo averages wrongly in older torch
-        apart = set()
-        for module in (*_blocks(model), model):
-            module.to(self.root_device)
-            for tensor in (*module.parameters(), *module.buffers()):
-                if not isinstance(tensor, DTensor):
-                    dist.broadcast(tensor.data, 0)
-            if self.expert_parallel:
-                apart |= _share_experts(module, self._weights)
-            again = None if module is model else not self.keep_gathered
-            sharded = fully_shard(module, mesh=self._weights, reshard_after_forward=again, ignored_params=apart)
-            if sum_only and hasattr(sharded, "set_force_sum_reduction_for_comms"):
-                sharded.set_force_sum_reduction_for_comms(True)
 
     # --- steps: through the hooks that gather what is in no block -------------------------------------------------
 
@@ -184,14 +171,37 @@ class FullyShard(SequenceParallel):
         self.checkpoint_io.teardown()
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """What is gathered by itself: the blocks of the backbone; the rest is gathered for the whole of a step."""
-    return list(getattr(getattr(model, "backbone", None), "blocks", ()))
+def shard(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    device: torch.device,
+    expert_parallel: bool = False,
+    keep_gathered: bool = False,
+) -> None:
+    """Leave each process its part of every weight, on its device; all begin with those of the first.
+
+    Args:
+        model: each of its ``backbone.blocks`` is gathered by itself, the rest for a whole step.
+        mesh: of one dimension, or of two: replicas, and the processes that hold the weights between them.
+        device: of this process.
+        expert_parallel, keep_gathered: see ``FullyShard``.
+    """
+    apart: set[nn.Parameter] = set()
+    for module in (*getattr(getattr(model, "backbone", None), "blocks", ()), model):
+        module.to(device)
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not isinstance(tensor, DTensor):
+                dist.broadcast(tensor.data, 0)
+        if expert_parallel:
+            apart |= _share_experts(module, mesh)
+        again = None if module is model else not keep_gathered
+        fully_shard(module, mesh=mesh, reshard_after_forward=again, ignored_params=apart)
+        if device.type == "cpu" and hasattr(module, "set_force_sum_reduction_for_comms"):
+            module.set_force_sum_reduction_for_comms(True)  # gloo averages wrongly in older torch
 
 
-def _share_experts(module: nn.Module, mesh: DeviceMesh | None) -> set[nn.Parameter]:
+def _share_experts(module: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
     """Give each process its experts of the MoE layers in a block; the parameters of these."""
-    assert mesh is not None
     shared: set[nn.Parameter] = set()
     for layer in module.modules():
         if isinstance(layer, MoE) and layer.experts.exchange is None:
