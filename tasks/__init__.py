@@ -4,7 +4,9 @@ from seqlong.tasks.base import SequenceTask
 from seqlong.tasks.causal_lm import CausalLM
 from seqlong.tasks.classification import SequenceClassification
 from seqlong.tasks.masked_lm import MaskedLM
+from seqlong.tasks.mixed_objectives import MixedObjectives
 from seqlong.tasks.regression import SequenceRegression
+from seqlong.tasks.tracks import TrackPrediction
 from seqlong.tasks.video_classification import VideoClassification
 from seqlong.tasks.video_patches import MaskedVideo, VideoPrediction
 
@@ -12,9 +14,11 @@ __all__ = [
     "CausalLM",
     "MaskedLM",
     "MaskedVideo",
+    "MixedObjectives",
     "SequenceClassification",
     "SequenceRegression",
     "SequenceTask",
+    "TrackPrediction",
     "VideoClassification",
     "VideoPrediction",
 ]

@@ -274,7 +274,9 @@ def _wig(path: Path) -> Iterator[Run]:
             table = _numbers(path, lines, numbers, 2, "a position and a value, below variableStep")
             starts, values = table[:, 0].astype(np.int64) - 1, table[:, 1]
         if len(starts) and starts.min() < 0:
-            raise DataError(located(path, int(at[int(np.argmin(starts))]), "found a position below 1; wig counts from 1"))
+            raise DataError(
+                located(path, int(at[int(np.argmin(starts))]), "found a position below 1; wig counts from 1")
+            )
         return said["chrom"], starts, starts + span, values, at
 
     for number, text in _lines(path):
@@ -320,7 +322,9 @@ def _bedgraph(path: Path) -> Iterator[Run]:
         wrong = (starts < 0) | (stops <= starts)
         if wrong.any():
             place = int(np.argmax(wrong))
-            raise DataError(located(path, int(at[place]), f"found {starts[place]} to {stops[place]}; expected start < stop"))
+            raise DataError(
+                located(path, int(at[place]), f"found {starts[place]} to {stops[place]}; expected start < stop")
+            )
         yield contig, starts, stops, table[:, 2], at
 
 
@@ -333,7 +337,9 @@ def _table(path: Path, name: str | None) -> Iterator[tuple[str, str, Any, Any, A
     headed = len(words) > 1 and not words[1].strip().isdecimal()
     columns = len(words) - 2
     if columns < 1:
-        raise DataError(located(path, first[0], f"found {len(words)} columns; expected contig, position (from 1), value"))
+        raise DataError(
+            located(path, first[0], f"found {len(words)} columns; expected contig, position (from 1), value")
+        )
     names = [word.strip() for word in words[2:]] if headed else [str(number + 1) for number in range(columns)]
     plain = Path(path.name.removesuffix(".gz")).stem
     if name:
