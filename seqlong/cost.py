@@ -19,6 +19,7 @@ from seqlong.ffn.moe import MoE
 from seqlong.ffn.router import Router
 from seqlong.mixers.attention import Attention
 from seqlong.mixers.base import Mixer
+from seqlong.mixers.switch_head import SwitchHead
 
 #: FLOPs a token of each number of a recurrent state ``(h k v)``: what ``kernels/*/reference.py`` does to it. Classes by
 #: name, their bases too; a mixer that is not here counts as one with a decay.
@@ -136,6 +137,8 @@ def products(module: nn.Module) -> list[Term]:
     for part in module.modules():
         if isinstance(part, MoE):
             share.update({id(inner): used_experts(part) for inner in part.experts.modules()})
+        elif isinstance(part, SwitchHead):
+            share.update({id(inner): part.used_experts for inner in (part.value_experts, part.out_experts)})
         if isinstance(part, nn.Linear):
             linear += 2 * part.weight.numel()
         elif isinstance(part, nn.Conv1d):

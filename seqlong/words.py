@@ -100,6 +100,7 @@ PEERS: dict[str, dict[str, Peers]] = {
         "SharedAttention": Peers("", "", "num_kv_shared_layers (Gemma3n)", "",
             "YOCO, SambaY, cross-decoder, cross-layer KV sharing, shared KV cache"),
         "SimpleGLA": Peers("SimpleGatedLinearAttention", also="scalar-gated linear attention, mLSTM without its norm"),
+        "SwitchHead": Peers(also="MoE attention, attention-MoE, mixture of attention heads, SwitchAll"),
     },
     "feed-forward": {
         "GELU": Peers("", "", "GPT2MLP", "MLP", "plain MLP"),

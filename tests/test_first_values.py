@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from seqlong.layout import SequenceLayout
-from seqlong.mixers import MLSTM, RGLRU, RWKV6, RWKV7
+from seqlong.mixers import MLSTM, RGLRU, RWKV6, RWKV7, SwitchHead
 
 
 @pytest.mark.parametrize(("layer", "layers"), [(0, 12), (5, 12), (11, 12)])
@@ -97,3 +97,13 @@ def test_the_stabiliser_of_mlstm_starts_afresh_with_a_segment() -> None:
     assert first is not None and (first.memory[..., -1] > 50 + expected.memory[..., -1]).any(), "m was not large"
     torch.testing.assert_close(found[:, 9:], alone, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state.memory[..., -1], expected.memory[..., -1], rtol=1e-4, atol=1e-4)
+
+
+def test_switch_head() -> None:
+    torch.manual_seed(0)
+    mixer = SwitchHead(256, heads=2, experts=16, head_dim=100)
+    for part in (mixer.qk_proj, mixer.value_experts, mixer.value_router, mixer.out_router):
+        assert part.weight.std().item() == pytest.approx(1 / 16, rel=0.02)
+    assert mixer.out_experts.weight.std().item() == pytest.approx(200**-0.5, rel=0.02)
+    for router in (mixer.value_router, mixer.out_router):
+        torch.testing.assert_close(router.weight.norm(dim=1), torch.ones(32))

@@ -58,6 +58,7 @@ from seqlong.mixers import (
     RetNet,
     Scout,
     SimpleGLA,
+    SwitchHead,
 )
 from seqlong.norms import RMSNorm
 
@@ -124,6 +125,9 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "sse": partial(SSE, heads=2, parts=3, active=2, expand_k=0.5),
     "moh": partial(MoH, heads=4, shared=2, active=1, kv_heads=2),
     "moh_none_shared": partial(MoH, heads=4, shared=0, active=2, window=5, positions="none"),
+    "switch_head": partial(SwitchHead, heads=2, experts=3, active=2),
+    "switch_head_window": partial(SwitchHead, heads=3, head_dim=4, experts=4, active=1, window=5, positions="none"),
+    "switch_head_both_sides": partial(SwitchHead, heads=2, experts=2, active=2, partial_rotary=1.0, causal=False),
     "parallel": partial(
         Parallel, mixers={"a": partial(Attention, heads=2, window=5), "m": partial(Mamba2, d_state=8, head_dim=8)}
     ),

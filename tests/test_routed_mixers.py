@@ -1,4 +1,4 @@
-"""Mixers with routers: MoM and SSE against their definitions, MoH against Attention; loads, the loss for even ones."""
+"""Mixers with routers: MoM, SSE and SwitchHead against their definitions, MoH against Attention; loads and losses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqlong.backbone import Backbone, BackboneConfig
@@ -18,7 +18,20 @@ from seqlong.cost import mixer_cost
 from seqlong.ffn import MoE
 from seqlong.ffn.balance import step_of_bias, wanted_shares
 from seqlong.layout import SequenceLayout
-from seqlong.mixers import GLA, RGLRU, SSE, Attention, Bidirectional, GatedDeltaNet, Mixer, MoH, MoM, Parallel, Scout
+from seqlong.mixers import (
+    GLA,
+    RGLRU,
+    SSE,
+    Attention,
+    Bidirectional,
+    GatedDeltaNet,
+    Mixer,
+    MoH,
+    MoM,
+    Parallel,
+    Scout,
+    SwitchHead,
+)
 from seqlong.mixers.routing import unevenness
 from seqlong.norms import RMSNorm
 from seqlong.report.experts import experts_section
@@ -250,6 +263,70 @@ def test_costs_are_what_torch_counts(name: str) -> None:
         assert cost.state == held, "activations in bfloat16"
 
 
+def attention_by_loops(mixer: SwitchHead, x: Tensor, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """SwitchHead over one row, a token, a head and an expert at a time; and how often each expert is used, ``(2 h e)``.
+    Without positions; id 0 is padding."""
+    length, heads, dim = len(x), mixer.heads, mixer.head_dim
+    q, k = mixer.qk_proj(x).view(length, 2, heads, dim).unbind(1)
+    count = torch.zeros(2, heads, mixer.experts, dtype=torch.int64)
+
+    def used(router: nn.Linear, kind: int, t: int, h: int) -> list[tuple[int, Tensor]]:
+        scores = router.weight[h * mixer.experts : (h + 1) * mixer.experts] @ x[t]
+        best = scores.topk(mixer.active).indices.tolist()
+        for e in best:
+            count[kind, h, e] += 1
+        return [(h * mixer.experts + e, scores[e].sigmoid()) for e in best]
+
+    real = [t for t in range(length) if ids[t]]
+    values = {
+        (t, h): sum(w * (x[t] @ mixer.value_experts.weight[n]) for n, w in used(mixer.value_router, 0, t, h))
+        for t in real for h in range(heads)
+    }  # fmt: skip
+    output = torch.zeros_like(x)
+    for t in real:
+        for h in range(heads):
+            seen = [j for j in real if j <= t and ids[j] == ids[t]]
+            share = torch.stack([q[t, h] @ k[j, h] / dim**0.5 for j in seen]).softmax(dim=0)
+            read = sum(share[i] * values[j, h] for i, j in enumerate(seen))
+            for n, w in used(mixer.out_router, 1, t, h):
+                output[t] += w * (read @ mixer.out_experts.weight[n])
+    return output, count
+
+
+@pytest.mark.parametrize(("heads", "experts", "active"), [(1, 3, 1), (2, 4, 2), (3, 2, 2)])
+def test_switch_head_is_its_definition(heads: int, experts: int, active: int) -> None:
+    torch.manual_seed(0)
+    mixer = shaken(SwitchHead(WIDTH, heads, experts, active, head_dim=5, positions="none", balance_loss=0.5))
+    assert isinstance(mixer, SwitchHead)
+    hidden = torch.randn(2, 13, WIDTH, dtype=torch.float64)
+    ids = torch.tensor([[1] * 5 + [2] * 8, [1] * 9 + [0] * 4], dtype=torch.int32)
+    layout = SequenceLayout.build(2, 13, ids)
+    found, sums = mixer(hidden, layout)[0], mixer.router_sums(hidden, layout)
+    expected = [attention_by_loops(mixer, hidden[row], ids[row].tolist()) for row in range(2)]
+    torch.testing.assert_close(found, torch.stack([output for output, _ in expected]))  # zero at padding
+    counts = expected[0][1] + expected[1][1]
+    assert sums["values/load"].tolist() == counts[0].tolist() and sums["output/load"].tolist() == counts[1].tolist()
+    assert sums["values/positions"] == sums["output/positions"] == 22 * heads
+    scores = mixer._scores(mixer.out_router, hidden)[ids > 0]
+    chances = scores / scores.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(sums["output/entropy"], -(chances * chances.log()).sum())
+    assert 0.5 * 2 * 22 * 0.9 < sums["router_loss_sum"] < 0.5 * 2 * 22 * experts, "1 a token where all is even, twice"
+
+
+def test_switch_head_costs_what_a_token_uses() -> None:
+    mixer = SwitchHead(WIDTH, heads=2, experts=4, active=1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        mixer(torch.randn(1, 24, WIDTH), SequenceLayout.build(1, 24))
+    counted = counter.get_flop_counts()["Global"]
+    dense = sum(n for op, n in counted.items() if str(op) in ("aten.mm", "aten.addmm"))
+    cost = mixer_cost(mixer, 24)
+    terms = {term.what: term.flops for term in cost.terms}
+    routers_and_qk = 2 * (2 * WIDTH * 8 + WIDTH * 2 * WIDTH)
+    assert terms["products"] == routers_and_qk and dense == 24 * routers_and_qk
+    assert terms["experts"] == 2 * 2 * 2 * WIDTH * 8, "values and output, two heads, one expert each"
+    assert mixer.idle_parameters == 2 * 2 * 3 * WIDTH * 8
+
+
 def test_mistakes_are_told() -> None:
     with pytest.raises(ValueError, match="active from 1 to memories"):
         MoM(WIDTH, partial(GLA, heads=2), memories=2, active=3)
@@ -257,5 +334,7 @@ def test_mistakes_are_told() -> None:
         MoM(WIDTH, partial(RGLRU, heads=2))
     with pytest.raises(ValueError, match="active from 1 to parts"):
         SSE(WIDTH, parts=2, active=0)
+    with pytest.raises(ValueError, match="active from 1 to experts"):
+        SwitchHead(WIDTH, experts=2, active=3)
     with pytest.raises(ValueError, match="active from 1 to heads - shared"):
         MoH(WIDTH, heads=4, shared=3, active=2)

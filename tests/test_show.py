@@ -48,14 +48,14 @@ VARIANTS: dict[str, Any] = {
     "grouped Mamba2": lambda d: Mamba2(d, d_state=16, head_dim=16, groups=2),
 }
 #: Mixers, as they come, that do more for a token the longer the row is.
-GROWING = ("Attention", "DifferentialAttention", "LatentAttention", "MoH", "Parallel", "PrefixAttention", "Rat", "Scout")
+GROWING = ("Attention", "DifferentialAttention", "LatentAttention", "MoH", "Parallel", "PrefixAttention", "Rat", "Scout", "SwitchHead")
 GROWING_SLOWLY = ("MoBA", "NativeSparseAttention")
 
 
 # --- costs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"MoM", "MoH"}))  # tests/test_routed_mixers.py
+@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"MoM", "MoH", "SwitchHead"}))  # tests/test_routed_mixers.py
 def test_matrix_products_are_those_that_torch_counts(name: str) -> None:
     mixer = VARIANTS[name](WIDTH)
     hidden = torch.randn(1, 24, WIDTH)

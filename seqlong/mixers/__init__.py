@@ -27,6 +27,7 @@ from seqlong.mixers.scout import Scout
 from seqlong.mixers.shared_attention import SharedAttention
 from seqlong.mixers.sparse_attention import MoBA, NativeSparseAttention
 from seqlong.mixers.sse import SSE
+from seqlong.mixers.switch_head import SwitchHead
 
 __all__ = [
     "GLA",
@@ -69,4 +70,5 @@ __all__ = [
     "Scout",
     "SharedAttention",
     "SimpleGLA",
+    "SwitchHead",
 ]
