@@ -48,7 +48,17 @@ VARIANTS: dict[str, Any] = {
     "grouped Mamba2": lambda d: Mamba2(d, d_state=16, head_dim=16, groups=2),
 }
 #: Mixers, as they come, that do more for a token the longer the row is.
-GROWING = ("Attention", "DifferentialAttention", "LatentAttention", "MoH", "Parallel", "PrefixAttention", "Rat", "Scout", "SwitchHead")
+GROWING = (
+    "Attention",
+    "DifferentialAttention",
+    "LatentAttention",
+    "MoH",
+    "Parallel",
+    "PrefixAttention",
+    "Rat",
+    "Scout",
+    "SwitchHead",
+)
 GROWING_SLOWLY = ("MoBA", "NativeSparseAttention")
 
 
