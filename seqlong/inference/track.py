@@ -1,4 +1,4 @@
-"""The verb ``seqlong track``: how likely a model finds every base, as a track for a genome browser."""
+"""The verb ``seqlong track``: how likely a model finds every base, or the tracks it predicts, for a genome browser."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from seqlong.inference.arguments import Parser, integer, open_model, require_bas
 from seqlong.inference.embed import _bins_table
 from seqlong.inference.model import Model
 from seqlong.inference.passes import Plan, chosen, chunk_of, clean, fill, likelihoods
+from seqlong.inference.predict_tracks import predict_tracks
 
 log = logging.getLogger("seqlong")
 
 HELP = """Writes ln p of every base (nats, at most 0; -1.386 is guessing): of causal models given all bases before it,
-the mean of both strands; of masked models given those around it.
+the mean of both strands; of masked models given those around it. Of a model that was trained on tracks
+(experiment=dna/tracks) it writes what it predicts, in their units and bins: a file for each track.
 
 Contigs are read whole, in parts, with the state carried: exactly what one pass gives, in the memory of one part. There
 is no value where a base is not known (N). A command that was stopped goes on where it was when it is given again."""
@@ -50,9 +52,14 @@ def command(words: Sequence[str]) -> int:
     if output.suffix != ".npy":
         _bigwig()
     model = open_model(given)
-    model.require("causal", "masked", why="track")
     require_bases(model, "track")
     genome = Genome.open(given.sequences)
+    if model.kind == "TrackPrediction":
+        every = int(model.task.bin)
+        chunk = chunk_of(model, given.chunk, every)
+        predict_tracks(model, Plan(genome, chosen(genome, given.contigs), every, chunk), output)
+        return 0
+    model.require("causal", "masked", why="track")
     reverse = (False, True) if given.strands == "both" else (False,)
     plan = Plan(genome, chosen(genome, given.contigs), 1, chunk_of(model, given.chunk, 1), reverse)
     mean = track(model, plan, output)
