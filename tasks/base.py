@@ -92,6 +92,9 @@ class SequenceTask(LightningModule):
         """The batch as the model is to see it: its targets are -1 where nothing is to be predicted."""
         raise NotImplementedError(f"{type(self).__name__} must define prepare(batch)")
 
+    def observe(self, nll: Float[Tensor, "b t"], weight: Float[Tensor, "b t"]) -> None:
+        """Look at the losses of a batch of training, nats, and their weights, as ``prepare`` left them."""
+
     # --- the model -----------------------------------------------------------------------------------------------
 
     def forward(self, batch: SequenceBatch) -> Float[Tensor, "b t y"]:
@@ -110,6 +113,7 @@ class SequenceTask(LightningModule):
         assert batch.targets is not None
         nll = self.head.loss(output.hidden, batch.targets, self.z_loss)
         weight = _weight(batch)
+        self.observe(nll.detach(), weight)
         ranks = world()[1]
         totals = torch.stack([weight.sum(), _positions(batch)])
         if ranks > 1:
