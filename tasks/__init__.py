@@ -6,6 +6,7 @@ from seqlong.tasks.classification import SequenceClassification
 from seqlong.tasks.masked_lm import MaskedLM
 from seqlong.tasks.mixed_objectives import MixedObjectives
 from seqlong.tasks.regression import SequenceRegression
+from seqlong.tasks.tracks import TrackPrediction
 from seqlong.tasks.video_classification import VideoClassification
 from seqlong.tasks.video_patches import MaskedVideo, VideoPrediction
 
@@ -17,6 +18,7 @@ __all__ = [
     "SequenceClassification",
     "SequenceRegression",
     "SequenceTask",
+    "TrackPrediction",
     "VideoClassification",
     "VideoPrediction",
 ]
