@@ -9,7 +9,7 @@ counted in its collectives. The same script runs on any number of GPUs, and on C
     seqlong bench parallel --gpus 1,2 --lengths 131072,1048576 --checkpointing tiled
     seqlong bench parallel --gpus 2 --weights replicated,sharded        DDP against FSDP2
     seqlong bench parallel --models linear_moe_2b --weights sharded,experts
-    seqlong bench parallel --gpus 2 --longest                           and double the length until it no longer fits
+    seqlong bench parallel --gpus 2 --longest --offload                 and double the length until it no longer fits
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Case:
     recurrent: str
     checkpointing: str
     steps: int
+    offload: bool = False
 
     @property
     def name(self) -> str:
@@ -75,13 +76,13 @@ class Case:
         kind = ", rows gathered" if self.recurrent == "rows" else ""
         return (
             f"{self.model}, {rows} x {self.length:,}, {self.gpus} GPUs, sp={self.degree}{how}{kind}, "
-            f"{self.checkpointing}"
+            f"{self.checkpointing}{', offloaded' if self.offload else ''}"
         )
 
 
 def config(case: Case) -> BackboneConfig:
     """The preset; ``gdn_hybrid`` is HybriDNA-300M with Gated DeltaNet for Mamba2. On a CPU a toy of it."""
-    changes: dict[str, Any] = {"checkpointing": case.checkpointing}
+    changes: dict[str, Any] = {"checkpointing": case.checkpointing, "offload": case.offload}
     if not CUDA:
         changes |= {"d_model": 128, "layers": 4, "vocab_size": 16}
     name = case.model
@@ -333,7 +334,7 @@ def rows(given: argparse.Namespace) -> Iterator[Row]:
 def longest(given: argparse.Namespace, gpus: int) -> Iterator[Row]:
     """Double the length, all GPUs on one row, until a step no longer fits."""
     for model in given.models:
-        case, best = Case(model, max(given.lengths), gpus, gpus, "sharded", "states", "tiled", 1), None
+        case, best = Case(model, max(given.lengths), gpus, gpus, "sharded", "states", "tiled", 1, given.offload), None
         while case.length <= given.most:
             ((_, found),) = measured([case], given.patience, given.log)
             if "failed" in found:
@@ -356,7 +357,8 @@ def _cases(given: argparse.Namespace, gpus: int) -> Iterator[Case]:
                     if weights == "experts" and "moe" not in model:
                         continue
                     for recurrent in given.recurrent if degree > 1 else ["states"]:
-                        yield Case(model, length, gpus, degree, weights, recurrent, given.checkpointing, given.steps)
+                        kept = given.checkpointing, given.steps, given.offload
+                        yield Case(model, length, gpus, degree, weights, recurrent, *kept)
 
 
 def command() -> None:
@@ -380,6 +382,9 @@ def command() -> None:
     parser.add_argument("--weights", type=words, default=["sharded"], help=f"of {', '.join(WEIGHTS)}")
     parser.add_argument("--recurrent", type=words, default=["states"], help="of states, rows")
     parser.add_argument("--checkpointing", default="block", help="none, selective, block or tiled")
+    parser.add_argument(
+        "--offload", action="store_true", help="what is kept for the backward pass in the host's memory"
+    )
     parser.add_argument("--steps", type=int, default=3, help="timed steps; the best counts")
     parser.add_argument("--longest", action="store_true", help="also double the length, tiled, until it does not fit")
     parser.add_argument("--most", type=int, default=1 << 24 if CUDA else 1024, help="positions to stop doubling at")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from seqlong.ffn import FeedForwardFactory, SwiGLU
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.base import MixerFactory
 from seqlong.norms import NORMS
+from seqlong.offload import HostMemory
 from seqlong.state import BackboneState
 from seqlong.strands import ReverseComplement, Strands
 
@@ -51,6 +53,9 @@ class BackboneConfig:
             products and states. ``block``: the input of each block, a third more compute. ``tiled``: the same, and
             inside a block at most ``tile`` positions at once: for the longest rows.
         tile: positions a tile, for ``tiled``.
+        offload: keep that in the host's memory instead of the GPU's, copied out and back beside the computation. For
+            ``block`` and ``tiled``: the input of each block, 2 or 4 bytes a channel, position and block. On a CPU
+            nothing changes.
         residual_in_fp32: keep the residual stream in float32 under mixed precision. False halves what ``block`` and
             ``tiled`` keep, a tensor a block, and costs some digits: for rows that else do not fit.
     """
@@ -71,6 +76,7 @@ class BackboneConfig:
     complement: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 7, 6, 5, 4])
     checkpointing: Checkpointing = "none"
     tile: int = 16384
+    offload: bool = False
     residual_in_fp32: bool = True
 
     def letters(self) -> str:
@@ -140,7 +146,7 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.letters = config.letters()
-        self.checkpointing, self.tile = config.checkpointing, config.tile
+        self.checkpointing, self.tile, self.offload = config.checkpointing, config.tile, config.offload
         self.residual_in_fp32 = config.residual_in_fp32
         if config.checkpointing == "tiled" and config.tile < 1:
             raise ConfigError(f"backbone.tile must be at least 1 position, found {config.tile}")
@@ -231,19 +237,20 @@ class Backbone(nn.Module):
         after: list[Any] = []
         aux: dict[str, Tensor] = {}
         memories: dict[int, Any] = {}
-        for number, block in enumerate(self._blocks()):
-            before = None if state is None else state.blocks[number]
-            memory = memories.get(self.sources.get(number, -1))
-            hidden, left, said = block(hidden, layout, before, memory, self.checkpointing, self.tile)
-            after.append(left)
-            if block.publishes:
-                memories[number] = said.pop(MEMORY)
-            for name, value in said.items():
-                if name.endswith("_sum"):
-                    aux[name] = aux[name] + value if name in aux else value
-                else:
-                    part, what = name.split("/", 1) if name.startswith(f"{ROUTERS}/") else ("experts", name)
-                    aux[f"{part}/{number + 1}/{what}"] = value
+        with HostMemory() if self.offload and torch.is_grad_enabled() else nullcontext():
+            for number, block in enumerate(self._blocks()):
+                before = None if state is None else state.blocks[number]
+                memory = memories.get(self.sources.get(number, -1))
+                hidden, left, said = block(hidden, layout, before, memory, self.checkpointing, self.tile)
+                after.append(left)
+                if block.publishes:
+                    memories[number] = said.pop(MEMORY)
+                for name, value in said.items():
+                    if name.endswith("_sum"):
+                        aux[name] = aux[name] + value if name in aux else value
+                    else:
+                        part, what = name.split("/", 1) if name.startswith(f"{ROUTERS}/") else ("experts", name)
+                        aux[f"{part}/{number + 1}/{what}"] = value
         hidden = self.norm(hidden)
         if self.strands is not None:  # sums are for each position, which was seen twice
             hidden = self.strands.join(hidden, whole)

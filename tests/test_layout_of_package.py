@@ -20,8 +20,8 @@ LONGEST_FILE = 500
 # stands is a decision. `...` is everything: the programs at the top, which nothing below may import.
 BASE = {"batch", "errors", "fragment", "labels", "layout", "tracks"}
 MODEL = {
-    "backbone", "block", "cost", "embeddings", "ffn", "heads", "mixers", "norms", "parallel", "positions", "state",
-    "strands",
+    "backbone", "block", "cost", "embeddings", "ffn", "heads", "mixers", "norms", "offload", "parallel", "positions",
+    "state", "strands",
 }  # fmt: skip
 UNDER_TASKS = BASE | {"kernels", "runs"} | MODEL
 MAY_IMPORT: dict[str, set[str]] = {
@@ -57,6 +57,7 @@ TOP = {
     "sweep",
     "tokenizer",
     "video",
+    "video_stream",
     "words",
 }
 
