@@ -1,4 +1,4 @@
-"""``seqlong video``: look at video files before a model does."""
+"""``seqlong video``: look at video files before a model does, and let one watch them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 from seqlong.datamodules.video.check import Facts, examine, videos_under
 from seqlong.errors import ConfigError, DataError
 
-HELP = """Looks at video files before a model does.
+HELP = """Looks at video files before a model does, and lets one watch them.
 
-  check  decodes every frame of every file and says what is in it and what is broken
-  sheet  writes a PNG of frames as a model would see them: upright, the best stream, at their times"""
+  check   decodes every frame of every file and says what is in it and what is broken
+  sheet   writes a PNG of frames as a model would see them: upright, the best stream, at their times
+  stream  runs a video of any length through a model, the state carried on (seqlong video stream --help)"""
 EXAMPLES = """examples:
   seqlong video check clips/
   seqlong video check clips/ --out audit.csv      also for a program; audit.json as well
   seqlong video check clips/ --good good.csv      a list of the files that decode, for data.path=good.csv
-  seqlong video sheet clips/a.mp4 --out a.png --frames 16"""
+  seqlong video sheet clips/a.mp4 --out a.png --frames 16
+  seqlong video stream day.mp4 --ckpt last --out day.csv"""
+
+# What else there is -> the module whose `command(words)` serves it.
+_OTHERS = {"stream": "seqlong.video_stream"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,10 +38,12 @@ class _Parser(argparse.ArgumentParser):
 
 def command(words: Sequence[str]) -> int:
     """Run ``seqlong video`` and return its exit status: ``check`` gives 1 where a file does not decode whole."""
+    if words and words[0] in _OTHERS:
+        return int(import_module(_OTHERS[words[0]]).command(words[1:]))
     parser = _Parser(
         "seqlong video", description=HELP, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = parser.add_subparsers(dest="what", required=True, metavar="check|sheet", parser_class=_Parser)
+    parts = parser.add_subparsers(dest="what", required=True, metavar="check|sheet|stream", parser_class=_Parser)
     check = parts.add_parser("check", help="decode everything, and say what is in it")
     check.add_argument("folder", type=Path, help="folder, searched with its subfolders, or one file")
     check.add_argument("--out", type=Path, help="write the table as .csv or .json")

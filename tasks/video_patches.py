@@ -91,8 +91,8 @@ class PatchTask(SequenceTask):
         return self.to_patch(self.backbone(batch).hidden).float()
 
     def _errors(self, batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor, BackboneOutput, Fragment | None]:
-        """Squared error and power of what is predicted, per position ``(b t)``, which count, what the backbone gave, and
-        of which part of the rows all of it is."""
+        """Squared error and power of what is predicted, per position ``(b t)``, which count, what the backbone gave,
+        and of which part of the rows all of it is."""
         shown, aim, counted = self.aims(self.prepare(batch))  # of whole rows: what comes next may be another's part
         shown = self._own(shown)
         if shown.fragment is not None:

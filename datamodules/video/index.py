@@ -101,13 +101,18 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 def open_best(path: Path) -> tuple[Any, Any]:
     """As ``opened``, for who closes the container himself."""
-    av = pyav()
     if not path.is_file():
         raise DecodeError(path, "there is no such file")
     if path.stat().st_size == 0:
         raise DecodeError(path, "the file is empty")
+    return best_of(str(path.absolute()), path)
+
+
+def best_of(source: Any, path: Path) -> tuple[Any, Any]:
+    """The container of a file name, an address or an open file, and its best video stream; ``path`` is for messages."""
+    av = pyav()
     try:
-        container = av.open(str(path.absolute()), metadata_errors="replace")
+        container = av.open(source, metadata_errors="replace")
     except (av.error.FFmpegError, ValueError) as error:
         raise DecodeError(path, f"cannot be opened as a video: {said(error)}") from error
     # FFmpeg's own choice among several, as players show it: the largest picture, roughly.

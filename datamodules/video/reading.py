@@ -109,17 +109,18 @@ class Reader:
                 return Clip(None, source=f"{source}{MARK['skip']}{error.reason}")
             pixels = error.frames.pixels
             source = f"{source}{MARK['partial']}{error.reason}, {len(pixels)} frames"
-        made = self._fit(torch.from_numpy(np.ascontiguousarray(pixels)), crop, flip, transforms, seed)
+        made = self.fit(torch.from_numpy(np.ascontiguousarray(pixels)), crop, flip, transforms, seed)
         return Clip(made, label, source)
 
-    def _fit(
+    def fit(
         self,
         pixels: UInt8[Tensor, "n h w 3"],
-        crop: tuple[float, float],
-        flip: bool,
-        transforms: Sequence[nn.Module],
-        seed: int,
+        crop: tuple[float, float] = (0.5, 0.5),
+        flip: bool = False,
+        transforms: Sequence[nn.Module] = (),
+        seed: int = 0,
     ) -> UInt8[Tensor, "n y x 3"]:
+        """Pictures that are scaled already, augmented, cropped to ``size`` and mirrored; see ``clip``."""
         if transforms:
             pixels = augmented(pixels, transforms, seed)
         height, width = self.size
