@@ -22,6 +22,7 @@ VERBS = {
     ),
     "recall": ("ask a model what it remembers, or tell the best of a sweep", "seqlong recall runs/demo-... passkey"),
     "show": ("show a model: its blocks, parameters, state and FLOPs", "seqlong show model=hybridna_300m"),
+    "plan": ("predict memory, time and the longest row", "seqlong plan model=hybridna_300m --gpu h100 --gpus 1,8,64"),
     "words": ("say what other libraries call things", "seqlong words window"),
     "report": ("write the HTML report of a run again", "seqlong report runs/demo-20260801-120000"),
     "video": ("look at video files: what they hold, what decodes", "seqlong video check clips/"),
@@ -45,6 +46,7 @@ VERBS = {
 _COMMANDS = {
     "recall": "seqlong.recall",
     "show": "seqlong.show",
+    "plan": "seqlong.planning.command",
     "words": "seqlong.words",
     "report": "seqlong.report.command",
     "video": "seqlong.video",
