@@ -22,8 +22,8 @@ class Attention(Mixer):
     """``o_i = Σ_j softmax_j(q_i·k_j / √k) v_j`` over the tokens j that i may see.
 
     With ``qk_norm``, q and k pass an RMSNorm before they are rotated. With ``gate``, a head's
-    result is multiplied, channel by channel, with ``σ(W x)`` before the last projection (Qwen3-Next's form: its own
-    gate for each head and channel). With ``sinks``, the first tokens of a segment stay visible beyond the window, at
+    result is multiplied with ``σ(W x)`` before the last projection: channel by channel (Qwen3-Next's form: its own
+    gate for each head and channel), or with one number a head. With ``sinks``, the first tokens of a segment stay visible beyond the window, at
     the positions that they have (not moved up to the window, so that a row split anywhere is the row).
 
     Source: arXiv 1706.03762; grouped heads arXiv 2305.13245; sliding window arXiv 2004.05150; sinks arXiv 2309.17453;
@@ -50,7 +50,7 @@ class Attention(Mixer):
         qk_norm: whether queries and keys are normed: true, each head by itself (Qwen3); ``row``, all heads together,
             with a weight a channel (OLMoE).
         norm_eps: added to the mean square in these norms.
-        gate: whether the result is gated.
+        gate: whether the result is gated: true, channel by channel; ``head``, by one number a head.
     """
 
     residual_projections = ("out_proj",)
@@ -73,7 +73,7 @@ class Attention(Mixer):
         sinks: int = 0,
         qk_norm: bool | Literal["row"] = False,
         norm_eps: float = 1e-6,
-        gate: bool = False,
+        gate: bool | Literal["head"] = False,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -111,7 +111,8 @@ class Attention(Mixer):
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv_proj = nn.Linear(d_model, width, bias=bias)
         self.out_proj = nn.Linear(self.heads * self.head_dim, d_model, bias=bias)
-        self.gate_proj = nn.Linear(d_model, self.heads * self.head_dim, bias=bias) if gate else None
+        gates = self.heads * (1 if gate == "head" else self.head_dim)
+        self.gate_proj = nn.Linear(d_model, gates, bias=bias) if gate else None
         together = (self.heads, self.kv_heads) if qk_norm == "row" else (1, 1)
         self.q_norm, self.k_norm = (
             nn.RMSNorm(heads * self.head_dim, eps=norm_eps) if qk_norm else None for heads in together
@@ -160,7 +161,9 @@ class Attention(Mixer):
 
     def _weigh(self, mixed: Float[Tensor, "b t h v"], hidden: Float[Tensor, "b t d"]) -> Float[Tensor, "b t h v"]:
         """The heads' results, gated if there is a gate."""
-        return mixed if self.gate_proj is None else mixed * torch.sigmoid(self.gate_proj(hidden)).view_as(mixed)
+        if self.gate_proj is None:
+            return mixed
+        return mixed * torch.sigmoid(self.gate_proj(hidden)).unflatten(2, (self.heads, -1))
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, state: AttentionState | SinkState | None

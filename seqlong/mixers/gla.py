@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,9 +12,12 @@ from seqlong.mixers.recurrences import scalar_decay, vector_decay
 
 
 class GLA(LinearMixer):
-    """``S_t = diag(exp(g_t)) S_{t-1} + k_tᵀ v_t``, ``o_t = q_t S_t / √k``, ``g = logsigmoid(W₂ W₁ x + b) / 16``.
+    """``S_t = diag(f_t) S_{t-1} + k_tᵀ v_t``, ``o_t = q_t S_t / √k``, ``log f = logsigmoid(W₂ W₁ x + b) / divisor``.
 
-    Then RMSNorm of each head, times SiLU of a gate. Source: arXiv 2312.06635.
+    Then RMSNorm of each head, times SiLU of a gate. With ``refine`` the decay is ``(1 - r) f² + r (1 - (1 - f)²)`` in
+    place of f, ``r = σ(W₄ W₃ x + c)``: it learns where f is near 0 or 1, too, and is f where r is a half (ReGLA's
+    refining gate; its exponential features are not part of it). Source: arXiv 2312.06635; the refining gate arXiv
+    2502.01578, 1910.09890.
 
     Args:
         d_model: width of the residual stream.
@@ -22,6 +26,7 @@ class GLA(LinearMixer):
         expand_v: width of all values over d_model.
         decay_rank: numbers between the two layers that make the decay.
         divisor: of the decay's logarithm: how slowly memory fades at first.
+        refine: whether the decay is refined, as above.
         conv_width: taps of a short convolution over q, k, v; 0 for none, as in the paper.
         gate: of the output.
         norm_eps: added to the mean square in the norm.
@@ -35,6 +40,7 @@ class GLA(LinearMixer):
         expand_v: float = 1.0,
         decay_rank: int = 16,
         divisor: float = 16.0,
+        refine: bool = False,
         conv_width: int = 0,
         gate: Gate = "silu",
         norm_eps: float = 1e-5,
@@ -43,13 +49,22 @@ class GLA(LinearMixer):
         super().__init__(d_model, heads, key, value, conv_width=conv_width, gate=gate, norm_eps=norm_eps)
         self.divisor = divisor
         self.decay_proj = LowRank(d_model, heads * self.key_dim, decay_rank)
+        self.refine_proj = LowRank(d_model, heads * self.key_dim, decay_rank) if refine else None
 
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, layout: SequenceLayout, memory: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        gate = still(self.decay_proj(hidden), layout.padding, float("inf")).unflatten(2, (self.heads, self.key_dim))
+        q, gate, divisor = q * self.key_dim**-0.5, self.decay_proj(hidden), self.divisor
+        if self.refine_proj is None:
+            gate, activation = still(gate, layout.padding, float("inf")).to(q.dtype), "logsigmoid"
+        else:
+            log_f = F.logsigmoid(precise(gate, gate)) / divisor
+            refine = torch.sigmoid(precise(self.refine_proj(hidden), gate))
+            # f (f + 2 r (1 - f)), the same, without losing what f near 1 lacks
+            decay = log_f + torch.log1p((1 - 2 * refine) * torch.expm1(log_f))
+            gate, activation, divisor = still(decay, layout.padding, 0.0), "log_decay", 1.0
         return vector_decay(
-            q * self.key_dim**-0.5, k, v, gate.to(q.dtype), activation="logsigmoid", divisor=self.divisor,
+            q, k, v, gate.unflatten(2, (self.heads, self.key_dim)), activation=activation, divisor=divisor,
             starts=layout.starts, initial_state=memory, fragment=layout.fragment,
         )  # fmt: skip
 

@@ -107,14 +107,18 @@ class LightningAttention(LinearMixer):
     """``S_t = exp(-s f) S_{t-1} + k_tᵀ v_t``, ``o_t = q_t S_t``; q, k, v through SiLU; a slope s a head.
 
     Slopes are ALiBi's, ``s_h = 2^(-8 (h + 1) / H)``, times ``f = 1 - l / (L - 1) + 1e-5`` in block l of L, so that the
-    last blocks hardly forget, as in the released models. RMSNorm over all heads together, times the sigmoid of a gate:
-    MiniMax-01's; with ``gate_rank``, TransNormerLLM's. Source: arXiv 2401.04658, 2307.14995, 2501.08313.
+    last blocks hardly forget, as in the released models (MiniMax-01's ``l / (L - 1 + 1e-5)`` is the same to 1e-5).
+    RMSNorm over all heads together, times the sigmoid of a gate: MiniMax-01's; with ``gate_rank`` and ``lrpe``,
+    TransNormerLLM's. Source: arXiv 2401.04658, 2307.14995, 2501.08313.
 
     Args:
         d_model: width of the residual stream.
         heads: heads.
         head_dim: width of a head; d_model over ``heads`` if not given.
         gate_rank: numbers between the two layers that make the gate; one layer if not given.
+        lrpe: whether queries and keys of the first block become ``[x cos tθ, x sin tθ]``, ``θ_i = 10000^(-2i/d)``, so
+            that products fall with distance by cosines; its state is then twice as wide. The angles are the same for
+            all heads and not learnt; TransNormerLLM spreads them over all heads and learns them.
         norm_eps: added to the mean square in the norm.
     """
 
@@ -124,6 +128,7 @@ class LightningAttention(LinearMixer):
         heads: int = 4,
         head_dim: int | None = None,
         gate_rank: int | None = None,
+        lrpe: bool = False,
         norm_eps: float = 1e-5,
     ) -> None:
         width = split_heads("LightningAttention", d_model, heads) if head_dim is None else head_dim
@@ -131,13 +136,21 @@ class LightningAttention(LinearMixer):
             d_model, heads, width, width, gate="sigmoid", gate_rank=gate_rank, norm="row", norm_eps=norm_eps
         )
         self.decay = Constant([-slope for slope in alibi_slopes(heads)])
+        self.lrpe = lrpe
+        self.state_dim = 2 * width if lrpe else width
 
     def place(self, layer: int, layers: int) -> None:
+        if layer:
+            self.lrpe, self.state_dim = False, self.key_dim
         factor = 1 - layer / max(1, layers - 1) + 1e-5
         self.decay = Constant([-slope * factor for slope in alibi_slopes(self.heads)])
 
     def features(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
-        return F.silu(q), F.silu(k), F.silu(v)
+        q, k, v = F.silu(q), F.silu(k), F.silu(v)
+        if self.lrpe:
+            places = layout.positions if layout.positions.dim() == 2 else layout.positions[..., 0]
+            q, k = (lrpe(x, places, [self.key_dim]) for x in (q, k))
+        return q, k, v
 
     def recur(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, layout: SequenceLayout, memory: Tensor | None
