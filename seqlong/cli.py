@@ -20,6 +20,10 @@ VERBS = {
         "train once for every combination",
         "seqlong sweep experiment=dna/demo model.backbone.d_model=64,128 seed=1,2",
     ),
+    "launch": (
+        "write a job script for SLURM, or lines for torchrun",
+        "seqlong launch slurm experiment=dna/pretrain data.path=my.fa.gz --nodes 2 > job.sh",
+    ),
     "recall": ("ask a model what it remembers, or tell the best of a sweep", "seqlong recall runs/demo-... passkey"),
     "show": ("show a model: its blocks, parameters, state and FLOPs", "seqlong show model=hybridna_300m"),
     "plan": ("predict memory, time and the longest row", "seqlong plan model=hybridna_300m --gpu h100 --gpus 1,8,64"),
@@ -30,8 +34,15 @@ VERBS = {
         "annotate a VCF with how likely each variant is",
         "seqlong score variants.vcf.gz --ref ref.fa --ckpt last --window 8192,65536",
     ),
+    "variants": (
+        "learn from labelled variants which are damaging, on a frozen model",
+        "seqlong variants labelled.vcf --ref ref.fa --ckpt last --label CLASS=LOF",
+    ),
     "embed": ("hidden states of whole chromosomes as an array", "seqlong embed ref.fa --ckpt last --output ref.npy"),
-    "track": ("how likely every base is, as a bigWig", "seqlong track ref.fa --ckpt last --output ref.bw"),
+    "track": (
+        "how likely every base is, or predicted tracks, as a bigWig",
+        "seqlong track ref.fa --ckpt last --output ref.bw",
+    ),
     "generate": ("draw sequences", "seqlong generate --ckpt last --prompt ATGAAACGC --length 1000 --temperature 0.9"),
     "attribute": ("which bases matter, as a logo", "seqlong attribute chr7:1000-1100 ref.fa --ckpt last"),
     "reach": ("how much of its context a model uses", "seqlong reach ref.fa --ckpt last --contexts 256,4096,65536"),
@@ -44,6 +55,7 @@ VERBS = {
 }
 # Verb -> the module whose `command(words) -> exit status` serves it; the others go through Hydra and LightningCLI.
 _COMMANDS = {
+    "launch": "seqlong.slurm",
     "recall": "seqlong.recall",
     "show": "seqlong.show",
     "plan": "seqlong.planning.command",
@@ -55,6 +67,7 @@ _COMMANDS = {
     "bench": "seqlong.bench",
     "doctor": "seqlong.doctor",
     "score": "seqlong.inference.score",
+    "variants": "seqlong.inference.supervised",
     "embed": "seqlong.inference.embed",
     "track": "seqlong.inference.track",
     "generate": "seqlong.inference.generate",

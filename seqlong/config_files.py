@@ -33,10 +33,15 @@ class ConfigFile:
     package: tuple[str, ...]
 
 
+#: A folder of configs/ that no run is composed from: what ``seqlong launch`` reads.
+LAUNCH = "launch"
+
+
 @cache
 def groups() -> tuple[str, ...]:
     """The config groups: folders of configs/."""
-    return tuple(sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and not path.name.startswith("_")))
+    folders = (path.name for path in CONFIGS.iterdir() if path.is_dir() and not path.name.startswith("_"))
+    return tuple(sorted(name for name in folders if name != LAUNCH))
 
 
 @cache

@@ -36,6 +36,8 @@ log = logging.getLogger("seqlong")
 #: Keys of a LightningCLI configuration.
 TOP_LEVEL = ("seed_everything", "run", "trainer", "model", "data", "ckpt_path", "verbose", "return_predictions")
 VERBS = ("fit", "validate", "test", "predict")
+#: How schedulers say that a process is to end: at once, and soon.
+_STOPS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class RunSettings:
@@ -182,19 +184,19 @@ def launch(verb: str, overrides: Sequence[str], flags: Sequence[str]) -> int:
     """
     console.set_up()
     main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminated) if main_thread else None
+    before = {number: signal.signal(number, _terminated) for number in _STOPS} if main_thread else {}
     try:
         return _launch(verb, overrides, flags)
     except Preempted as stop:
         log.info("%s", stop)
         return EXIT_CODE
     finally:
-        if main_thread:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _terminated(number: int, frame: Any) -> None:
-    """SIGTERM while a run is set up; during training the callback Preemption handles it."""
+    """A signal while a run is set up; during training the callback Preemption handles it."""
     raise Preempted(f"stopped by {signal.Signals(number).name} outside of training")
 
 
@@ -320,8 +322,9 @@ def _ended(verb: str, cli: SeqlongCLI, status: str, error: str | None, code: int
             process.wait(timeout=5)
         except subprocess.TimeoutExpired:  # it waits for this one in a collective
             process.kill()
-    # While the first still trains, an exit status of 143 of another would look like a crash to that observer.
-    return 0 if own is not None and runs.rank() != 0 and code == EXIT_CODE else code
+    # While the first still saves or reports, an exit status of 143 of another would look like a crash to that observer,
+    # or to torchrun, which then kills the first.
+    return 0 if runs.rank() != 0 and code == EXIT_CODE else code
 
 
 def _write_report(folder: Path) -> None:
