@@ -7,9 +7,10 @@ counted in its collectives. The same script runs on any number of GPUs, and on C
 
     seqlong bench parallel                                              131,072 positions on all GPUs
     seqlong bench parallel --gpus 1,2 --lengths 131072,1048576 --checkpointing tiled
+    seqlong bench parallel --gpus 1 --checkpointing none,selective,block,tiled,block+offload,tiled+offload
     seqlong bench parallel --gpus 2 --weights replicated,sharded        DDP against FSDP2
     seqlong bench parallel --models linear_moe_2b --weights sharded,experts
-    seqlong bench parallel --gpus 2 --longest --offload                 and double the length until it no longer fits
+    seqlong bench parallel --gpus 2 --longest                           and double the length until it no longer fits
 """
 
 from __future__ import annotations
@@ -66,7 +67,6 @@ class Case:
     recurrent: str
     checkpointing: str
     steps: int
-    offload: bool = False
 
     @property
     def name(self) -> str:
@@ -76,13 +76,14 @@ class Case:
         kind = ", rows gathered" if self.recurrent == "rows" else ""
         return (
             f"{self.model}, {rows} x {self.length:,}, {self.gpus} GPUs, sp={self.degree}{how}{kind}, "
-            f"{self.checkpointing}{', offloaded' if self.offload else ''}"
+            f"{self.checkpointing}"
         )
 
 
 def config(case: Case) -> BackboneConfig:
     """The preset; ``gdn_hybrid`` is HybriDNA-300M with Gated DeltaNet for Mamba2. On a CPU a toy of it."""
-    changes: dict[str, Any] = {"checkpointing": case.checkpointing, "offload": case.offload}
+    checkpointing, _, more = case.checkpointing.partition("+")
+    changes: dict[str, Any] = {"checkpointing": checkpointing, "offload": bool(more)}
     if not CUDA:
         changes |= {"d_model": 128, "layers": 4, "vocab_size": 16}
     name = case.model
@@ -93,7 +94,7 @@ def config(case: Case) -> BackboneConfig:
             "m": {"class_path": "seqlong.mixers.GatedDeltaNet", "init_args": {"heads": heads, "head_dim": 64}},
             "a": {"class_path": "seqlong.mixers.Attention", "init_args": {"heads": 2 * heads, "positions": "none"}},
         }
-    changes["residual_in_fp32"] = case.checkpointing != "tiled"
+    changes["residual_in_fp32"] = checkpointing != "tiled"
     return preset(name, **changes)
 
 
@@ -334,7 +335,7 @@ def rows(given: argparse.Namespace) -> Iterator[Row]:
 def longest(given: argparse.Namespace, gpus: int) -> Iterator[Row]:
     """Double the length, all GPUs on one row, until a step no longer fits."""
     for model in given.models:
-        case, best = Case(model, max(given.lengths), gpus, gpus, "sharded", "states", "tiled", 1, given.offload), None
+        case, best = Case(model, max(given.lengths), gpus, gpus, "sharded", "states", given.longest, 1), None
         while case.length <= given.most:
             ((_, found),) = measured([case], given.patience, given.log)
             if "failed" in found:
@@ -357,8 +358,8 @@ def _cases(given: argparse.Namespace, gpus: int) -> Iterator[Case]:
                     if weights == "experts" and "moe" not in model:
                         continue
                     for recurrent in given.recurrent if degree > 1 else ["states"]:
-                        kept = given.checkpointing, given.steps, given.offload
-                        yield Case(model, length, gpus, degree, weights, recurrent, *kept)
+                        for kept in given.checkpointing:
+                            yield Case(model, length, gpus, degree, weights, recurrent, kept, given.steps)
 
 
 def command() -> None:
@@ -381,12 +382,16 @@ def command() -> None:
     )
     parser.add_argument("--weights", type=words, default=["sharded"], help=f"of {', '.join(WEIGHTS)}")
     parser.add_argument("--recurrent", type=words, default=["states"], help="of states, rows")
-    parser.add_argument("--checkpointing", default="block", help="none, selective, block or tiled")
-    parser.add_argument(
-        "--offload", action="store_true", help="what is kept for the backward pass in the host's memory"
-    )
+    kept = [way + more for way in ("none", "selective", "block", "tiled") for more in ("", "+offload")]
+    parser.add_argument("--checkpointing", type=words, default=["block"], help=f"of {', '.join(kept)}")
     parser.add_argument("--steps", type=int, default=3, help="timed steps; the best counts")
-    parser.add_argument("--longest", action="store_true", help="also double the length, tiled, until it does not fit")
+    parser.add_argument(
+        "--longest",
+        nargs="?",
+        const="tiled+offload",
+        choices=kept,
+        help="also double the length, with this checkpointing, until it does not fit",
+    )
     parser.add_argument("--most", type=int, default=1 << 24 if CUDA else 1024, help="positions to stop doubling at")
     parser.add_argument("--patience", type=float, default=240.0, help="seconds that one case may take")
     parser.add_argument("--log", type=Path, help="append every measurement to this file, as it comes")
@@ -396,7 +401,12 @@ def command() -> None:
         rank, size, store, jobs, patience = given.work
         work(int(rank), int(size), store, json.loads(jobs), float(patience))
         return
-    for name, known in (("models", MODELS), ("weights", tuple(WEIGHTS)), ("recurrent", ("states", "rows"))):
+    for name, known in (
+        ("models", MODELS),
+        ("weights", tuple(WEIGHTS)),
+        ("recurrent", ("states", "rows")),
+        ("checkpointing", kept),
+    ):
         if unknown := set(getattr(given, name)) - set(known):
             parser.error(f"--{name}: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
     if CUDA and max(given.gpus) > there:
