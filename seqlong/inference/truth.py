@@ -53,12 +53,9 @@ class Truth:
             self.scores.append(row)
             one = each[number]
             self.damaging.append(self.value in (one if isinstance(one, tuple) else (one,)) or str(one) == self.value)
-            for name, kind in record.header.info.items():
-                if kind.type in ("Float", "Integer") and kind.number in (1, "A") and not name.startswith("SL_LLR"):
-                    value = record.info.get(name)
-                    value = value[number] if isinstance(value, tuple) and number < len(value) else value
-                    column = self.others.setdefault(name, [float("nan")] * (len(self.damaging) - 1))
-                    column.append(float("nan") if value is None or isinstance(value, tuple) else float(value))
+            for name, value in numbers(record, number).items():
+                column = self.others.setdefault(name, [float("nan")] * (len(self.damaging) - 1))
+                column.append(value)
 
     def table(self, windows: list[int]) -> Table:
         """AUROC of each window, and of every number that the VCF holds."""
@@ -85,6 +82,17 @@ class Truth:
                 side = "high" if value >= 0.5 else "low"
                 table.add_row(name, f"{side} (in the VCF)", f"{max(value, 1 - value):.3f}", f"{known.sum():,}")
         return table
+
+
+def numbers(record: Any, allele: int) -> dict[str, float]:
+    """What INFO says of an allele in numbers, except for scores of ours; NaN where it says nothing."""
+    found = {}
+    for name, kind in record.header.info.items():
+        if kind.type in ("Float", "Integer") and kind.number in (1, "A") and not name.startswith("SL_"):
+            value = record.info.get(name)
+            value = value[allele] if isinstance(value, tuple) and allele < len(value) else value
+            found[name] = float("nan") if value is None or isinstance(value, tuple) else float(value)
+    return found
 
 
 def auroc(positive: ArrayLike, score: ArrayLike) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -144,8 +144,12 @@ def score(
     if model.kind == "masked":
         return _masked(model, strand, variants, window, batch_tokens, flank)
     found = np.zeros(len(variants))
+
+    def finish(shares: list[Shared], rows: list[tuple[int, int | None]], state: BackboneState | None) -> None:
+        _finish(model, strand, variants, window, indels, shares, rows, state, found)
+
     for several in _together(_plan(strand, variants, window, batch_tokens), window, batch_tokens):
-        _run(model, strand, variants, window, indels, batch_tokens, several, found)
+        read_windows(model, strand, window, batch_tokens, several, finish)
     return found
 
 
@@ -199,17 +203,19 @@ def _stop(begin: int, window: Window, strand: Strand) -> int:
     return begin + window.length if strand.circular else min(begin + window.length, strand.length)
 
 
-def _run(
+def read_windows(
     model: Model,
     strand: Strand,
-    variants: Sequence[Variant],
     window: Window,
-    indels: Indels,
     batch_tokens: int,
     plans: list[list[Shared]],
-    found: NDArray[np.float64],
+    finish: Callable[[list[Shared], list[tuple[int, int | None]], BackboneState | None], None],
 ) -> None:
-    """Read the windows of ``plans``, all at once, up to each split, and from there with every allele."""
+    """Read the windows of ``plans``, all at once, up to each split, and let ``finish`` go on with every allele.
+
+    ``finish`` is given the shares, rows as ``(share, allele)`` with None for the reference's before those of its
+    alleles, and the state of each share.
+    """
     state: BackboneState | None = None
     done = [plan[0].begin for plan in plans]
     for place in range(len(plans[0])):
@@ -227,11 +233,11 @@ def _run(
                 part: list[tuple[int, int | None]] = [(number, None)]
                 part += [(number, member) for member in share.members[first : first + most - 1]]
                 if len(rows) + len(part) > most and rows:
-                    _finish(model, strand, variants, window, indels, shares, rows, state, found)
+                    finish(shares, rows, state)
                     rows = []
                 rows += part
         if rows:
-            _finish(model, strand, variants, window, indels, shares, rows, state, found)
+            finish(shares, rows, state)
 
 
 def _finish(
