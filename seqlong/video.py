@@ -19,7 +19,8 @@ HELP = """Looks at video files before a model does, and lets one watch them.
 
   check   decodes every frame of every file and says what is in it and what is broken
   sheet   writes a PNG of frames as a model would see them: upright, the best stream, at their times
-  stream  runs a video of any length through a model, the state carried on (seqlong video stream --help)"""
+  stream  runs a video of any length through a model, the state carried on (seqlong video stream --help)
+  codes   makes videos into whole numbers with a trained tokenizer (seqlong video codes --help)"""
 EXAMPLES = """examples:
   seqlong video check clips/
   seqlong video check clips/ --out audit.csv      also for a program; audit.json as well
@@ -28,7 +29,7 @@ EXAMPLES = """examples:
   seqlong video stream day.mp4 --ckpt last --out day.csv"""
 
 # What else there is -> the module whose `command(words)` serves it.
-_OTHERS = {"stream": "seqlong.video_stream"}
+_OTHERS = {"stream": "seqlong.video_stream", "codes": "seqlong.video_codes"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,7 +44,7 @@ def command(words: Sequence[str]) -> int:
     parser = _Parser(
         "seqlong video", description=HELP, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = parser.add_subparsers(dest="what", required=True, metavar="check|sheet|stream", parser_class=_Parser)
+    parts = parser.add_subparsers(dest="what", required=True, metavar="check|sheet|stream|codes", parser_class=_Parser)
     check = parts.add_parser("check", help="decode everything, and say what is in it")
     check.add_argument("folder", type=Path, help="folder, searched with its subfolders, or one file")
     check.add_argument("--out", type=Path, help="write the table as .csv or .json")

@@ -173,7 +173,7 @@ def command(words: Sequence[str]) -> int:
     if given.embeddings and Path(given.embeddings).suffix != ".npy":
         raise ConfigError(f"--embeddings {given.embeddings}: expected a name that ends in .npy")
     model = open_model(given)
-    tubelets, reader, frames, fps = _as_trained(model, given.size, given.frames, given.fps)
+    tubelets, reader, frames, fps = as_trained(model, given.size, given.frames, given.fps)
     watcher = Watcher(model, tubelets, [str(name) for name in model.card.get("classes") or ()], given.window)
     try:
         _stream(watcher, reader, frames, fps, given)
@@ -182,10 +182,14 @@ def command(words: Sequence[str]) -> int:
     return 0
 
 
-def _as_trained(
+def as_trained(
     model: Model, size: str | None, frames: int | None, fps: float | None
 ) -> tuple[Tubelets, Reader, int, float | None]:
-    """Patches, how pictures are made, frames of a clip and their rate: those of training, but for what is given."""
+    """Patches, how pictures are made, frames of a clip and their rate: those of training, but for what is given.
+
+    Raises:
+        ConfigError: the model was not trained on video, or what is given is no size or rate.
+    """
     data = (model.config.get("data") or {}).get("init_args") or {}
     known = data.get("tubelets")
     if not isinstance(known, dict):
@@ -245,7 +249,7 @@ def _stream(watcher: Watcher, reader: Reader, frames: int, fps: float | None, gi
     with ExitStack() as files:
         text: IO[str] = sys.stdout if given.out is None else files.enter_context(Path(given.out).open("w", newline=""))
         table = csv.writer(text)
-        rows = files.enter_context(_Rows(Path(given.embeddings))) if given.embeddings else None
+        rows = files.enter_context(GrowingArray(Path(given.embeddings))) if given.embeddings else None
         advance = files.enter_context(progress("Watching", total, "frames"))
         try:
             for times, pixels in clips(given.file, reader, frames, fps, given.threads):
@@ -281,26 +285,28 @@ def _patches(watcher: Watcher, reader: Reader) -> int:
     return watcher.steps * high * wide
 
 
-class _Rows:
-    """A .npy file that grows by rows, and is whole at the end, however that comes."""
+class GrowingArray:
+    """A .npy file that grows along its first axis, and is whole at the end, however that comes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.count, self.width = path, 0, 0
+    def __init__(self, path: Path, kind: str | np.dtype[Any] = "<f4") -> None:
+        self.path, self.count, self.kind = path, 0, np.dtype(kind)
+        self.tail: tuple[int, ...] = (0,)
 
-    def __enter__(self) -> _Rows:
+    def __enter__(self) -> GrowingArray:
         self._file = self.path.open("wb")
         return self
 
-    def add(self, rows: NDArray[np.float32]) -> None:
+    def add(self, rows: NDArray[Any]) -> None:
+        """Rows to stand behind those that are there; all of one shape."""
         if not self.count:
-            self.width = rows.shape[1]
+            self.tail = rows.shape[1:]
             self._head()
-        self._file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
+        self._file.write(np.ascontiguousarray(rows, dtype=self.kind).tobytes())
         self.count += len(rows)
 
     def _head(self) -> None:
         """NumPy's header leaves room for the first axis to grow, so that it can be written again."""
-        about = {"descr": "<f4", "fortran_order": False, "shape": (self.count, self.width)}
+        about = {"descr": self.kind.str, "fortran_order": False, "shape": (self.count, *self.tail)}
         np.lib.format.write_array_header_1_0(self._file, about)
 
     def __exit__(self, *_: object) -> None:

@@ -9,6 +9,7 @@ from seqlong.tasks.regression import SequenceRegression
 from seqlong.tasks.tracks import TrackPrediction
 from seqlong.tasks.video_classification import VideoClassification
 from seqlong.tasks.video_patches import MaskedVideo, VideoPrediction
+from seqlong.tasks.video_tokenizer import VideoTokenizer
 
 __all__ = [
     "CausalLM",
@@ -21,4 +22,5 @@ __all__ = [
     "TrackPrediction",
     "VideoClassification",
     "VideoPrediction",
+    "VideoTokenizer",
 ]

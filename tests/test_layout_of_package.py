@@ -57,6 +57,7 @@ TOP = {
     "sweep",
     "tokenizer",
     "video",
+    "video_codes",
     "video_stream",
     "words",
 }

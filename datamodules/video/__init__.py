@@ -1,5 +1,6 @@
 """Video: from files, or from nothing, to rows of patches."""
 
+from seqlong.datamodules.video.codes import VideoCodes
 from seqlong.datamodules.video.datamodule import VideoData
 from seqlong.datamodules.video.sampling import Sampling
 from seqlong.datamodules.video.synthetic import FlashCount, FlashOrder, MovingDigits, VideoGenerator, VideoNeedle
@@ -13,6 +14,7 @@ __all__ = [
     "Sampling",
     "SyntheticVideo",
     "Tubelets",
+    "VideoCodes",
     "VideoData",
     "VideoGenerator",
     "VideoNeedle",

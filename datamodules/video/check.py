@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,7 +122,7 @@ def examine(path: Path, threads: int = 1) -> Facts:
     return facts
 
 
-def videos_under(folder: Path) -> Iterator[Path]:
+def videos_under(folder: Path, endings: Collection[str] = ENDINGS) -> Iterator[Path]:
     """Video files of a folder and the folders in it, by name; a file is itself."""
     if folder.is_file():
         yield folder
@@ -136,5 +136,5 @@ def videos_under(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(place) / name
-            if path.suffix.lower() in ENDINGS and not name.startswith(".") and path.is_file():
+            if path.suffix.lower() in endings and not name.startswith(".") and path.is_file():
                 yield path

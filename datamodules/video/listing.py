@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from seqlong.datamodules.sampler import permute
-from seqlong.datamodules.video.check import videos_under
+from seqlong.datamodules.video.check import ENDINGS, videos_under
 from seqlong.errors import ConfigError, DataError, located, nearest
 
 Part = Literal["train", "validation", "test"]
@@ -50,7 +50,7 @@ class Video:
         return f"{self.path}{stretch} s" if stretch else str(self.path)
 
 
-def read_videos(path: str | Path, group_pattern: str | None = None) -> list[Video]:
+def read_videos(path: str | Path, group_pattern: str | None = None, endings: Collection[str] = ENDINGS) -> list[Video]:
     """Videos of a folder or list.
 
     Args:
@@ -58,13 +58,14 @@ def read_videos(path: str | Path, group_pattern: str | None = None) -> list[Vide
             .csv with a header, or a .jsonl: path, and as many of label, start, end (seconds), split and group as are
             known. Paths are taken from the list's folder.
         group_pattern: regular expression; what it finds in a file's name (its first bracket) is the file's group.
+        endings: of the files that a folder is searched for.
 
     Raises:
         DataError: no such folder or list, no videos, a line that cannot be used, a file that is missing.
     """
     source = Path(path).expanduser()
     if source.is_dir():
-        found = list(_of_folder(source))
+        found = list(_of_folder(source, endings))
     elif source.suffix in (".csv", ".tsv", ".jsonl"):
         found = list(_of_list(source))
     elif source.is_file():
@@ -87,15 +88,15 @@ def read_videos(path: str | Path, group_pattern: str | None = None) -> list[Vide
     return named
 
 
-def _of_folder(root: Path) -> Iterator[Video]:
+def _of_folder(root: Path, endings: Collection[str]) -> Iterator[Video]:
     folders = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
     splits = {child: _NAMES[child.name.lower()] for child in folders if child.name.lower() in _NAMES}
     if splits and len(splits) == len(folders):
         for folder, split in splits.items():
-            for video in _of_folder(folder):
+            for video in _of_folder(folder, endings):
                 yield Video(video.path, video.label, split=split, group=str(video.path))
         return
-    for file in videos_under(root):
+    for file in videos_under(root, endings):
         inside = file.relative_to(root).parts
         yield Video(file, inside[0] if len(inside) > 1 else "", group=str(file))
 
