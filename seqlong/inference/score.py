@@ -20,6 +20,7 @@ from seqlong.datamodules.dna.genome import Genome
 from seqlong.errors import ConfigError, DataError
 from seqlong.inference.arguments import Parser, integer, integers, open_model, progress, require_bases
 from seqlong.inference.contigs import Contigs
+from seqlong.inference.haplotypes import Person, chosen, on_haplotype, open_person
 from seqlong.inference.journal import Journal, identity
 from seqlong.inference.model import Model
 from seqlong.inference.strands import Strand
@@ -88,6 +89,9 @@ def command(words: Sequence[str]) -> int:
         default="calibrated",
         help="set bases that an allele has more or less against the mean base, or against those at the window's end",
     )
+    parser.add_argument(
+        "--sample", metavar="NAME", help="score on the phased haplotypes of a sample of the VCF, with all they carry"
+    )
     parser.add_argument("--circular", nargs="*", default=(), metavar="CONTIG", help="contigs that are rings")
     parser.add_argument("--rename", nargs="+", default=(), metavar="A=B", help="VCF's contig A is the reference's B")
     parser.add_argument("--truth", metavar="FIELD=VALUE", help="INFO that says which are damaging: prints the AUROC")
@@ -114,7 +118,9 @@ def command(words: Sequence[str]) -> int:
     if given.output and not given.output.endswith((".vcf", ".vcf.gz")):
         raise ConfigError(f"--output is '{given.output}'; expected a name that ends in .vcf.gz or .vcf")
     output = Path(given.output or f"{name}.scored.vcf.gz") if given.output or not given.tsv else None
-    score_file(model, genome, Path(given.variants), settings, output, given.tsv, given.ref_mismatch, truth)
+    score_file(
+        model, genome, Path(given.variants), settings, output, given.tsv, given.ref_mismatch, truth, given.sample
+    )
     return 0
 
 
@@ -134,6 +140,7 @@ def score_file(
     tsv: str | Path | None = None,
     ref_mismatch: Literal["raise", "skip"] = "raise",
     truth: Truth | None = None,
+    sample: str | None = None,
 ) -> None:
     """Score a VCF; see ``HELP``.
 
@@ -146,6 +153,7 @@ def score_file(
         tsv: table; None for none.
         ref_mismatch: what to do with records whose REF is not the reference's: an error, or no score for them.
         truth: which variants are damaging, to say how well the scores tell; None where nobody knows.
+        sample: whose haplotypes the windows are of; None for the reference.
 
     Raises:
         DataError: the VCF cannot be read or used with this reference.
@@ -161,6 +169,9 @@ def score_file(
         )
     if not tally.counts["ok"]:
         raise DataError(f"{source}: none of its {tally.alleles:,} alleles can be scored; see the lines above")
+    person = open_person(source, sample, contigs, settings.longest) if sample else None
+    for line in person.lines() if person else ():
+        log.info("%s", line)
     for window in settings.windows:
         if model.length and window.length > model.length:
             log.info(
@@ -170,12 +181,13 @@ def score_file(
     for target in targets:
         target.parent.mkdir(parents=True, exist_ok=True)
     partial = targets[0].with_name(f".{targets[0].name}.partial")
-    with Journal(partial, _asked(model, genome, source, settings, ref_mismatch)) as journal:
+    with Journal(partial, _asked(model, genome, source, settings, ref_mismatch, sample)) as journal:
         if journal.done:
             log.info("going on after %s of %s records", f"{journal.done:,}", f"{tally.records:,}")
-        _score_all(model, source, contigs, settings, journal, tally.records)
+        _score_all(model, source, contigs, settings, journal, tally.records, person)
         if output:
             note = f"score --ckpt {model.path.name} ({type(model.task).__name__}), reference {_names(genome)}"
+            note += f", haplotypes of {sample}" if sample else ""
             if annotate(source, output, _described(settings), [note], _values(journal, settings)):
                 log.info("wrote %s and its index", output)
             else:
@@ -205,22 +217,79 @@ def score_alleles(model: Model, genome: Genome, found: Sequence[Allele], setting
     return result
 
 
-def _score_all(model: Model, source: Path, contigs: Contigs, settings: Settings, journal: Journal, total: int) -> None:
+def score_on_haplotypes(
+    model: Model, person: Person, contigs: Contigs, several: Sequence[Any], found: Sequence[Allele], settings: Settings
+) -> tuple[list[Allele], NDArray[np.float64]]:
+    """The same as ``score_alleles`` in windows of a person's chromosomes, which hold their other variants too.
+
+    An allele is scored on the chromosomes that carry it, else on all; the mean if there are two.
+
+    Returns:
+        The alleles, those without a place on any chromosome with another status; and their scores.
+    """
+    asked: list[list[Allele]] = [[] for _ in person.haplotypes]
+    parts: list[list[tuple[int, int, int]]] = []  # of each allele: chromosome, and the rows to add and to take away
+    result = list(found)
+    rows = iter(range(len(found)))
+    for record in several:
+        for alt in record.alts or (".",):
+            number, terms = next(rows), []
+            place = contigs.find(record.chrom, record.pos - 1)
+            if found[number].variant is not None and place is not None:
+                start = record.pos - 1 - place.offset
+                ref, text = record.ref.upper().encode(), alt.upper().encode()
+                ways = [on_haplotype(one, place.contig, start, ref, text) for one in person.haplotypes]
+                for side in chosen([None if way is None else way[2] for way in ways]):
+                    way, pair = ways[side], []
+                    assert way is not None
+                    for variant in way[:2]:
+                        pair.append(-1 if variant is None else len(asked[side]))
+                        if variant is not None:
+                            asked[side].append(Allele("ok", place.contig, variant))
+                    terms.append((side, pair[0], pair[1]))
+                if not terms:
+                    result[number] = Allele("on_deleted")
+            parts.append(terms)
+    values = [
+        score_alleles(model, one, several_, settings) for one, several_ in zip(person.haplotypes, asked, strict=True)
+    ]
+    scores = np.full((len(found), len(settings.windows), 2), np.nan)
+    for number, terms in enumerate(parts):
+        if terms:
+            scores[number] = sum(
+                (values[side][a] if a >= 0 else 0.0) - (values[side][z] if z >= 0 else 0.0) for side, a, z in terms
+            ) / len(terms)
+    return result, scores
+
+
+def _score_all(
+    model: Model,
+    source: Path,
+    contigs: Contigs,
+    settings: Settings,
+    journal: Journal,
+    total: int,
+    person: Person | None = None,
+) -> None:
     with progress("Scoring", total, "records", journal.done) as advance:
         done = journal.done
         for several in _batched(islice(records(source), done, None), settings.batch):
             found = [alleles(record, contigs, settings.longest) for record in several]
+            flat = [one for line in found for one in line]
             try:
-                values = score_alleles(model, contigs.genome, [one for line in found for one in line], settings)
+                if person is None:
+                    values = score_alleles(model, contigs.genome, flat, settings)
+                else:
+                    flat, values = score_on_haplotypes(model, person, contigs, several, flat, settings)
             except torch.OutOfMemoryError as error:
                 raise ConfigError(
                     f"the GPU has too little memory for batches of {settings.batch_tokens:,} positions; give "
                     f"--batch-tokens {max(1024, settings.batch_tokens // 4)}. What is done already is kept"
                 ) from error
-            rows = iter(values.reshape(len(values), -1))
+            rows, scored = iter(values.reshape(len(values), -1)), iter(flat)
             lines = []
             for number, line in enumerate(found):
-                for allele in line:
+                for allele in islice(scored, len(line)):
                     numbers = "\t".join(f"{value:.9g}" for value in next(rows))
                     lines.append(f"{done + number}\t{allele.status}\t{numbers}")
             done += len(several)
@@ -233,7 +302,9 @@ def _batched(source: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield part
 
 
-def _asked(model: Model, genome: Genome, source: Path, settings: Settings, ref_mismatch: str) -> dict[str, Any]:
+def _asked(
+    model: Model, genome: Genome, source: Path, settings: Settings, ref_mismatch: str, sample: str | None
+) -> dict[str, Any]:
     """What makes the scores what they are."""
     return {
         "vcf": identity(source),
@@ -245,6 +316,7 @@ def _asked(model: Model, genome: Genome, source: Path, settings: Settings, ref_m
         "indels": settings.indels,
         "ref_mismatch": ref_mismatch,
         "precision": model.precision,
+        "sample": sample,
     }
 
 

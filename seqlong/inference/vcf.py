@@ -24,6 +24,7 @@ REASONS = {
     "unknown_base": "with letters other than A, C, G, T",
     "too_long": "too long for a window",
     "no_alt": "without an ALT",
+    "on_deleted": "where another allele of the haplotype has taken their place",
 }
 _BASES = frozenset(b"ACGT")
 
