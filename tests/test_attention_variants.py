@@ -154,6 +154,26 @@ def test_gate_norms_interpolation_and_partial_rotation_by_hand() -> None:
     close(mixer(hidden, SequenceLayout.build(2, 19))[0], expected)
 
 
+def test_a_gate_of_one_number_a_head_by_hand() -> None:
+    torch.manual_seed(0)
+    mixer = shaken(Attention(WIDTH, heads=2, gate="head"))
+    without = Attention(WIDTH, heads=2).double()
+    without.load_state_dict({name: x for name, x in mixer.state_dict().items() if "gate" not in name})
+    hidden, layout = torch.randn(2, 19, WIDTH, dtype=torch.float64), SequenceLayout.build(2, 19)
+    assert isinstance(mixer, Attention) and isinstance(mixer.gate_proj, nn.Linear)
+    assert mixer.gate_proj.out_features == 2
+    heads = []
+    for head in range(2):
+        only = torch.zeros(WIDTH, dtype=torch.float64)
+        only[head * WIDTH // 2 : (head + 1) * WIDTH // 2] = 1
+        with torch.no_grad():
+            weight = without.out_proj.weight.clone()
+            without.out_proj.weight *= only
+            heads.append(without(hidden, layout)[0] * torch.sigmoid(mixer.gate_proj(hidden))[..., [head]])
+            without.out_proj.weight.copy_(weight)
+    close(mixer(hidden, layout)[0], heads[0] + heads[1])
+
+
 @pytest.mark.parametrize("width", [3, 12])
 @pytest.mark.parametrize("way", [{}, {"window": 4}, {"causal": False}])
 def test_values_of_another_width_than_keys(width: int, way: dict[str, Any]) -> None:

@@ -7,11 +7,13 @@ import torch
 from test_mixers import WIDTH, close, make, packed, plain, rows
 
 from seqlong.mixers import (
+    GLA,
     MLSTM,
     RGLRU,
     Based,
     GatedDeltaNet,
     Hedgehog,
+    LightningAttention,
     LogLinearGatedDeltaNet,
     LogLinearMamba2,
     Mamba2,
@@ -94,3 +96,38 @@ def test_rglru_is_its_recurrence_a_token_at_a_time() -> None:
     pairs = (torch.autograd.grad((y * target).sum(), wanted, retain_graph=True) for y in (found, expected))
     for mine, theirs in zip(*pairs, strict=True):
         close(mine, theirs, 1e-9)
+
+
+def test_a_refined_decay_is_the_published_one_and_can_be_undone() -> None:
+    mixer, hidden = make("gla_refined"), rows(9)
+    assert isinstance(mixer, GLA) and mixer.refine_proj is not None
+    q, k, v = (x.unflatten(2, (2, -1)) for x in mixer.qkv_proj(hidden).split(list(mixer.widths), dim=-1))
+    f = torch.sigmoid(mixer.decay_proj(hidden)) ** (1 / 2.0)
+    r = torch.sigmoid(mixer.refine_proj(hidden))
+    decay = ((1 - r) * f**2 + r * (1 - (1 - f) ** 2)).unflatten(2, (2, -1))
+    state, read = torch.zeros(2, 2, 4, 8, dtype=torch.float64), []
+    for t in range(9):
+        state = decay[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None]
+        read.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state) / 4**0.5)
+    close(mixer(hidden, plain(9))[0], mixer.out_proj(mixer.finish(torch.stack(read, dim=1), hidden).flatten(2)))
+    for parameter in mixer.refine_proj.parameters():
+        parameter.data.zero_()  # r is a half
+    other = GLA(WIDTH, heads=2, divisor=2.0).double()
+    other.load_state_dict({name: value for name, value in mixer.state_dict().items() if "refine" not in name})
+    close(mixer(hidden, plain(9))[0], other(hidden, plain(9))[0])
+
+
+def test_lightning_attention_turns_in_the_first_block_only() -> None:
+    first, later, never = (LightningAttention(WIDTH, heads=2, lrpe=lrpe).double() for lrpe in (True, True, False))
+    for layer, mixer in ((0, first), (1, later), (1, never)):
+        mixer.place(layer, 3)
+        mixer.load_state_dict(first.state_dict())
+    hidden, layout = rows(11), plain(11).slice(0, 11)
+    assert torch.equal(later(hidden, layout)[0], never(hidden, layout)[0])
+    assert [x.initial_state(1, "cpu", torch.float32).memory.shape[2] for x in (first, later)] == [16, 8]
+    q, k, v = (torch.nn.functional.silu(x).unflatten(2, (2, 8)) for x in first.qkv_proj(hidden).chunk(3, dim=-1))
+    distance = torch.arange(11).double()[:, None] - torch.arange(11)
+    falls = (distance[..., None] * 10000 ** (-torch.arange(8).double() / 4)).cos()  # Σ_i q_i k_i cos((t - s) θ_i)
+    weights = torch.einsum("bthk,bshk,tsk->bhts", q, k, falls) * (distance * first.decay.numbers[:, None, None]).exp()
+    read = torch.einsum("bhts,bshv->bthv", weights.tril(), v)
+    close(first(hidden, layout)[0], first.out_proj(first.finish(read, hidden).flatten(2)))

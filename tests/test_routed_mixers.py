@@ -304,6 +304,7 @@ def test_switch_head_is_its_definition(heads: int, experts: int, active: int) ->
     found, sums = mixer(hidden, layout)[0], mixer.router_sums(hidden, layout)
     expected = [attention_by_loops(mixer, hidden[row], ids[row].tolist()) for row in range(2)]
     torch.testing.assert_close(found, torch.stack([output for output, _ in expected]))  # zero at padding
+    assert (mixer._choose(mixer.value_router, hidden, layout)[1][1, 9:] == heads * experts).all(), "no work for padding"
     counts = expected[0][1] + expected[1][1]
     assert sums["values/load"].tolist() == counts[0].tolist() and sums["output/load"].tolist() == counts[1].tolist()
     assert sums["values/positions"] == sums["output/positions"] == 22 * heads
