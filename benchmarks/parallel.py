@@ -1,9 +1,11 @@
 """Several GPUs: training steps with rows and weights in parts, against one GPU and against gathering whole rows.
 
 A step is forward, loss, backward and AdamW on random tokens, float32 weights under bfloat16 autocast. ``sp`` processes
-share a row, and there are GPUs / sp rows. ``states`` is how our recurrent layers do it: one state a process crosses.
-``rows`` gathers whole rows at every recurrent layer, the baseline. Bytes are those that a process receives in a step,
-counted in its collectives. The same script runs on any number of GPUs, and on CPU processes (toy widths, to try it).
+share a row, and there are GPUs / sp rows. ``states`` is how our recurrent layers do it: all gather one state of each.
+``passed`` hands states from one process to the next (All-Scan). Two baselines: ``heads`` exchanges positions for heads
+at every recurrent layer, as Ulysses does for attention; ``rows`` gathers whole rows there. Bytes are those that a
+process receives in a step, counted in its collectives. The same script runs on any number of GPUs, and on CPU processes
+(toy widths, to try it).
 
     seqlong bench parallel                                              131,072 positions on all GPUs
     seqlong bench parallel --gpus 1,2 --lengths 131072,1048576 --checkpointing tiled
@@ -35,6 +37,7 @@ sys.path.insert(0, str(FOLDER))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from _heads import exchange_heads  # noqa: E402
 from _models import preset  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
@@ -52,6 +55,7 @@ from seqlong.parallel.fully_shard import shard  # noqa: E402
 CUDA = torch.cuda.is_available()
 PREFIX = "@@"
 MODELS = ("hybridna_300m", "gdn_hybrid", "linear_moe_2b")
+RECURRENT = ("states", "passed", "heads", "rows")
 WEIGHTS = {"replicated": "DDP", "sharded": "FSDP2", "experts": "FSDP2, experts apart"}
 
 
@@ -73,7 +77,7 @@ class Case:
         """For a table."""
         rows = self.gpus // self.degree
         how = "" if self.gpus == 1 else f", {WEIGHTS[self.weights]}"
-        kind = ", rows gathered" if self.recurrent == "rows" else ""
+        kind = "" if self.degree == 1 else f", {self.recurrent}"
         return (
             f"{self.model}, {rows} x {self.length:,}, {self.gpus} GPUs, sp={self.degree}{how}{kind}, "
             f"{self.checkpointing}"
@@ -123,7 +127,7 @@ class Received(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(function)
-        if name.startswith("c10d."):
+        if name.startswith("c10d.") and "send" not in name:
             self.total += _received(name, args)
         return function(*args, **(kwargs or {}))
 
@@ -133,7 +137,7 @@ def _received(name: str, args: tuple[Any, ...]) -> int:
     for value in args:
         if hasattr(value, "size") and callable(value.size) and not isinstance(value, Tensor):
             size = value.size()  # the group's
-    others = (size - 1) / size
+    others = 1.0 if "recv" in name else (size - 1) / size
     tensors = [value for value in args[:2] if isinstance(value, Tensor)]
     if not tensors and isinstance(args[0], list):
         tensors = [value for value in args[0] if isinstance(value, Tensor)][:1]
@@ -150,6 +154,8 @@ def run(case: Case, rank: int, device: torch.device) -> dict[str, Any]:
     rows = case.gpus // case.degree
     grid = init_device_mesh(device.type, (rows, case.degree), mesh_dim_names=("data", "sequence"))
     model: Any = Model(config(case))
+    if case.recurrent == "heads":
+        exchange_heads(model.backbone)
     if case.recurrent == "rows":
         for block in model.backbone.blocks:
             if block.mixer.bounded_state:
@@ -165,7 +171,8 @@ def run(case: Case, rank: int, device: torch.device) -> dict[str, Any]:
     source = torch.Generator().manual_seed(grid.get_local_rank("data"))
     tokens = torch.randint(0, 16, (1, case.length + 1), generator=source).to(device)
     whole = SequenceBatch(tokens=tokens[:, :-1].contiguous(), targets=tokens[:, 1:].contiguous())
-    batch = split(whole, grid.get_group("sequence"), grid.get_local_rank("sequence"), case.degree)
+    group, place = grid.get_group("sequence"), grid.get_local_rank("sequence")
+    batch = split(whole, group, place, case.degree, passes=case.recurrent == "passed")
     total = rows * case.length
 
     def step() -> Tensor:
@@ -381,7 +388,7 @@ def command() -> None:
         "--degrees", type=numbers, help="processes that share a row; all divisors of the GPUs if left out"
     )
     parser.add_argument("--weights", type=words, default=["sharded"], help=f"of {', '.join(WEIGHTS)}")
-    parser.add_argument("--recurrent", type=words, default=["states"], help="of states, rows")
+    parser.add_argument("--recurrent", type=words, default=["states"], help=f"of {', '.join(RECURRENT)}")
     kept = [way + more for way in ("none", "selective", "block", "tiled") for more in ("", "+offload")]
     parser.add_argument("--checkpointing", type=words, default=["block"], help=f"of {', '.join(kept)}")
     parser.add_argument("--steps", type=int, default=3, help="timed steps; the best counts")
@@ -404,7 +411,7 @@ def command() -> None:
     for name, known in (
         ("models", MODELS),
         ("weights", tuple(WEIGHTS)),
-        ("recurrent", ("states", "rows")),
+        ("recurrent", RECURRENT),
         ("checkpointing", kept),
     ):
         if unknown := set(getattr(given, name)) - set(known):

@@ -31,6 +31,7 @@ class Fragment:
         size: processes in the group.
         whole: the layout of the whole rows, the same on every process.
         turned: whether the rows are read from their end, fragments too.
+        passes: whether states go from each process to the next instead of being gathered by all.
     """
 
     group: dist.ProcessGroup | None
@@ -38,6 +39,7 @@ class Fragment:
     size: int
     whole: SequenceLayout
     turned: bool = False
+    passes: bool = False
 
     @property
     def place(self) -> int:
@@ -65,6 +67,22 @@ class Fragment:
         every = _Gather.apply(x, self.group, self.size)
         return every.flip(0) if self.turned else every
 
+    def send(self, steps: int, x: Tensor) -> None:
+        """x to the fragment that is read ``steps`` later, if there is one; no gradients."""
+        if 0 <= self.place + steps < self.size:
+            dist.send(x.contiguous(), group=self.group, group_dst=self._neighbour(steps))
+
+    def receive(self, steps: int, otherwise: Tensor) -> Tensor:
+        """What the fragment that is read ``steps`` later sends; ``otherwise`` if there is none."""
+        if not 0 <= self.place + steps < self.size:
+            return otherwise
+        x = torch.empty_like(otherwise, memory_format=torch.contiguous_format)
+        dist.recv(x, group=self.group, group_src=self._neighbour(steps))
+        return x
+
+    def _neighbour(self, steps: int) -> int:
+        return self.rank - steps if self.turned else self.rank + steps
+
     def join(self, x: Tensor) -> Tensor:
         """``(b n ...)`` of every fragment, behind one another ``(b w·n ...)``; gradients go back to their owners."""
         return self.gather(x).transpose(0, 1).flatten(1, 2)
@@ -85,7 +103,9 @@ class Fragment:
         return _Exchange.apply(sent, self.group).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-def split(batch: SequenceBatch, group: dist.ProcessGroup | None, rank: int, size: int) -> SequenceBatch:
+def split(
+    batch: SequenceBatch, group: dist.ProcessGroup | None, rank: int, size: int, passes: bool = False
+) -> SequenceBatch:
     """This process's part of a batch that all of ``group`` hold: the same rows, ``1 / size`` of their positions.
 
     Raises:
@@ -103,7 +123,7 @@ def split(batch: SequenceBatch, group: dist.ProcessGroup | None, rank: int, size
     here = slice(rank * (length // size), (rank + 1) * (length // size))
     along = ("tokens", "targets", "loss_weight", "segment_ids", "positions", "patches")
     cut = {name: value[:, here] for name in along if (value := getattr(batch, name)) is not None}
-    return dataclasses.replace(batch, **cut, fragment=Fragment(group, rank, size, whole))
+    return dataclasses.replace(batch, **cut, fragment=Fragment(group, rank, size, whole, passes=passes))
 
 
 class _Gather(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """One process of tests/test_sequence_parallel.py: mixers on a fragment of the rows, saved as tensors.
 
-python sequence_parallel.py RANK RANKS STORE RESULT
+python sequence_parallel.py RANK RANKS STORE RESULT MIXERS PASSES
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def gradients(mixer: Mixer, hidden: Tensor, weigh: Tensor, run: Run) -> dict[str
     return {"output": (output * (weigh != 0)).detach(), **kept}
 
 
-def main(rank: int, ranks: int, store: str, result: str, names: list[str]) -> None:
+def main(rank: int, ranks: int, store: str, result: str, names: list[str], passes: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     results = {}
     for case, mixer, hidden, weigh, whole in cases(names):
         length = hidden.shape[1] // ranks
-        fragment = Fragment(dist.group.WORLD, rank, ranks, whole)
+        fragment = Fragment(dist.group.WORLD, rank, ranks, whole, passes=passes)
         layout = fragment.layout(ROWS, length)
 
         def run(mixer: Mixer, mine: Tensor, fragment: Fragment = fragment, layout: SequenceLayout = layout) -> Tensor:
@@ -89,4 +89,4 @@ def main(rank: int, ranks: int, store: str, result: str, names: list[str]) -> No
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5].split(","))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5].split(","), sys.argv[6] == "True")

@@ -28,14 +28,14 @@ NAMES = [
 ]  # fmt: skip
 
 
-def spawn(ranks: int, folder: Path, names: list[str]) -> dict[str, dict[str, Tensor]]:
+def spawn(ranks: int, folder: Path, names: list[str], passes: bool) -> dict[str, dict[str, Tensor]]:
     """What ``ranks`` processes find together."""
     script = Path(__file__).parent / "sequence_parallel.py"
     store, result = folder / "store", folder / "result.pt"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     children = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(ranks), str(store), str(result), ",".join(names)],
+            [sys.executable, str(script), str(rank), str(ranks), str(store), str(result), ",".join(names), str(passes)],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(ranks)
@@ -50,9 +50,15 @@ def spawn(ranks: int, folder: Path, names: list[str]) -> dict[str, dict[str, Ten
     return torch.load(result, weights_only=True)
 
 
-@pytest.mark.parametrize(("ranks", "names"), [(2, NAMES[::5]), (4, NAMES)])
-def test_fragments_are_the_row(ranks: int, names: list[str], tmp_path: Path) -> None:
-    found = spawn(ranks, tmp_path, names)
+PASSED_ON = ["mamba2", "simple_gla", "gla", "gated_deltanet", "rwkv7", "mamba2_both_sides"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "names", "passes"), [(2, NAMES[::5], False), (4, NAMES, False), (4, PASSED_ON, True)]
+)
+def test_fragments_are_the_row(ranks: int, names: list[str], passes: bool, tmp_path: Path) -> None:
+    """Also where states are passed from one to the next."""
+    found = spawn(ranks, tmp_path, names, passes)
     wrong = []
     for case, mixer, hidden, weigh, whole in cases(names):
         exact = gradients(mixer, hidden, weigh, lambda mixer, x, whole=whole: mixer(x, whole)[0])

@@ -35,6 +35,7 @@ class FullyShard(SequenceParallel):
 
     Args:
         degree: processes that share a row; 1: each has rows of its own; all there are if null.
+        passes: see ``SequenceParallel``.
         replicas: groups of processes that each hold all of the weights between them. Within a machine gathering is
             cheap: one replica a machine needs only gradients to cross.
         expert_parallel: each process holds some of the experts of every MoE layer, whole, and positions travel to them,
@@ -47,12 +48,13 @@ class FullyShard(SequenceParallel):
     def __init__(
         self,
         degree: int | None = 1,
+        passes: bool = False,
         replicas: int = 1,
         expert_parallel: bool = False,
         keep_gathered: bool = False,
         timeout_minutes: float = 30.0,
     ) -> None:
-        super().__init__(degree=degree, timeout_minutes=timeout_minutes)
+        super().__init__(degree=degree, passes=passes, timeout_minutes=timeout_minutes)
         if replicas < 1:
             raise ConfigError(f"FSDP2 needs 1 replica or more, found replicas={replicas}")
         if expert_parallel and replicas > 1:

@@ -4,20 +4,27 @@ Over any fragment a linear recurrence is affine in the state that enters: ``S_ou
 out T and S_own of its fragment, all of them are gathered at once, and each folds what stands before it. T is a number a
 head, a number a channel, or a matrix; it is zero where a segment starts in the fragment. Products go forward only: no
 decay is divided by. Source: LASP-2 (arXiv 2502.07563), with decays and the delta rule.
+
+Or each process waits for the state from the one before and passes on what it makes of it, column block by column block:
+one state received instead of all, and as many steps as processes. Source: ZeCO's All-Scan (arXiv 2507.01004).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from seqlong.fragment import Fragment, tie
 
+#: Column blocks of a state that is passed on: one is on its way while the next is worked out.
+PIECES = 4
 #: Positions whose keys and values are in float32 at once.
 BLOCK = 8192
 
@@ -28,7 +35,7 @@ def entering(
     kept: Float[Tensor, "b h"] | Float[Tensor, "b h k"] | Float[Tensor, "b h k k"],
     initial: Float[Tensor, "b h k v"] | None = None,
 ) -> tuple[Float[Tensor, "b h k v"], Float[Tensor, "b h k v"]]:
-    """The state that enters this fragment, and the one that leaves the whole row.
+    """The state that enters this fragment, and the one that leaves the whole row (of passed states: this fragment).
 
     Args:
         fragment: who else holds parts of these rows.
@@ -36,6 +43,9 @@ def entering(
         kept: what it makes of a state: a factor a head, a factor a channel, or a matrix from the left.
         initial: the state before the row; zero if None.
     """
+    if fragment.passes:
+        state = torch.zeros_like(left) if initial is None else initial.to(left.dtype)
+        return _Pass.apply(left, kept.to(left.dtype), state, fragment)
     every = fragment.gather(torch.cat([left.flatten(1), kept.to(left.dtype).flatten(1)], dim=1))
     lefts, factors = every.split([left[0].numel(), kept[0].numel()], dim=2)
     state = torch.zeros_like(left) if initial is None else initial.to(left.dtype)
@@ -45,6 +55,36 @@ def entering(
             before = state
         state = _times(factors[j].view(kept.shape), state) + lefts[j].view(left.shape)
     return tie(before, every), state
+
+
+class _Pass(torch.autograd.Function):
+    """``(entry, exit)``: entry is the exit of the fragment before, ``exit = T entry + left``."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, kept: Tensor, initial: Tensor, fragment: Fragment) -> tuple[Tensor, Tensor]:
+        entry, leaving = [], []
+        for own, first in zip(left.chunk(PIECES, dim=3), initial.chunk(PIECES, dim=3), strict=True):
+            entry.append(fragment.receive(-1, first))
+            leaving.append(_times(kept, entry[-1]) + own)
+            fragment.send(1, leaving[-1])
+        ctx.fragment = fragment
+        state, after = torch.cat(entry, dim=3), torch.cat(leaving, dim=3)
+        ctx.save_for_backward(kept, state)
+        return state, after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_entry: Tensor, grad_exit: Tensor) -> tuple[Tensor | None, ...]:
+        kept, entry = ctx.saved_tensors
+        fragment: Fragment = ctx.fragment
+        grads, backs = [], []
+        for own, later in zip(grad_entry.chunk(PIECES, dim=3), grad_exit.chunk(PIECES, dim=3), strict=True):
+            grads.append(later + fragment.receive(1, torch.zeros_like(later)))
+            backs.append(own + _times(kept.mT if kept.dim() == 4 else kept, grads[-1]))
+            fragment.send(-1, backs[-1])
+        grad, back = torch.cat(grads, dim=3), torch.cat(backs, dim=3)
+        grad_kept = grad @ entry.mT if kept.dim() == 4 else (grad * entry).sum(dim=(3,) if kept.dim() == 3 else (2, 3))
+        return grad, grad_kept, back if fragment.place == 0 else None, None
 
 
 def _times(kept: Tensor, state: Tensor) -> Tensor:

@@ -23,17 +23,23 @@ class SequenceParallel(DDPStrategy):
 
     Args:
         degree: processes that share a row; all there are if not given. Must divide their number and the rows' length.
+        passes: hand each recurrent state from process to process, instead of gathering those of all: less traffic, more
+            waiting; for many processes.
         timeout_minutes: how long a process waits for another before it gives up.
         find_unused_parameters: for models of which a step may leave parameters out.
     """
 
     def __init__(
-        self, degree: int | None = None, timeout_minutes: float = 30.0, find_unused_parameters: bool = False
+        self,
+        degree: int | None = None,
+        passes: bool = False,
+        timeout_minutes: float = 30.0,
+        find_unused_parameters: bool = False,
     ) -> None:
         if degree is not None and degree < 1:
             raise ConfigError(f"sequence parallelism needs a degree of at least 1, found {degree}")
         super().__init__(timeout=timedelta(minutes=timeout_minutes), find_unused_parameters=find_unused_parameters)
-        self._degree = degree
+        self._degree, self.passes = degree, passes
         self._mesh: DeviceMesh | None = None
 
     @property
@@ -42,12 +48,12 @@ class SequenceParallel(DDPStrategy):
         return self.world_size if self._degree is None else self._degree
 
     @property
-    def sequence(self) -> tuple[dist.ProcessGroup, int, int] | None:
-        """The processes that hold this one's rows: their group, this one's place in it, how many; None if it alone."""
+    def sequence(self) -> tuple[dist.ProcessGroup, int, int, bool] | None:
+        """What ``split`` is to know of the processes that hold this one's rows; None if it alone does."""
         assert self._mesh is not None
         if self.degree == 1:
             return None
-        return self._mesh.get_group("sequence"), self._mesh.get_local_rank("sequence"), self.degree
+        return self._mesh.get_group("sequence"), self._mesh.get_local_rank("sequence"), self.degree, self.passes
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
