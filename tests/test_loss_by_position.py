@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from seqlong.backbone import BackboneConfig
@@ -138,6 +138,39 @@ def test_bits_of_repeats_and_of_the_rest_make_up_all(tmp_path: Path) -> None:
     assert float(trainer.callback_metrics["val/bits_repeated"]) == pytest.approx(lines[1][1], abs=1e-4)
     with pytest.raises(ConfigError, match="n must be 2 or more, found 1"):
         Repeats(1)
+
+
+class _Data(LightningDataModule):
+    """Rows of 64 to test a model that was trained on rows of 16."""
+
+    def __init__(self, batches: list[SequenceBatch], size: int = 260, length: int = 16) -> None:
+        super().__init__()
+        self.batches, self.length, self.targets = batches, length, "next"
+        self.vocabulary = type("Vocabulary", (), {"size": size})
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(_Rows(self.batches), batch_size=None)
+
+
+@pytest.mark.parametrize("length", [16, 64])
+def test_rows_longer_than_those_of_training_are_told_apart_and_drawn(length: int, tmp_path: Path) -> None:
+    batches = [_batch(3, 64, 5), _batch(3, 64, 6)]
+    torch.manual_seed(0)
+    task = CausalLM(BackboneConfig(512, 16, "a", {"a": lambda width: Attention(width, heads=2)}, layers=1))
+    repeats = Repeats()
+    trainer = Trainer(default_root_dir=tmp_path, callbacks=[LossByPosition(), repeats], logger=False, accelerator="cpu",
+                      enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer.test(task, datamodule=_Data(batches, length=length), verbose=False)
+    assert repeats.n == 6  # bytes
+    if length == 64:
+        assert not (tmp_path / "position.png").exists() and "test/bits_beyond" not in trainer.callback_metrics
+        return
+    bits = torch.cat([_nll(task, batch) for batch in batches])
+    counted = torch.cat([(batch.targets >= 0) & (batch.loss_weight > 0) for batch in batches])
+    for name, here in (("trained", slice(0, 15)), ("beyond", slice(15, None))):  # bins: 1 to 15 tokens seen, 16 on
+        wanted = bits[:, here][counted[:, here]].mean().item()
+        assert float(trainer.callback_metrics[f"test/bits_{name}"]) == pytest.approx(wanted, abs=1e-4)
+    assert (tmp_path / "position.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_context_is_cut_off_and_nothing_else(tmp_path: Path) -> None:

@@ -23,23 +23,30 @@ class Repeats(LossSplit):
     repeated ones: tokens since the last time). One sort a row. For tasks that predict the next token.
 
     Args:
-        n: tokens of what must repeat: 2 for words of a tokenizer; where there are few symbols, more, or chance repeats
-            them: 6 for bytes, 12 for DNA.
+        n: tokens of what must repeat; where there are few symbols, more, or chance repeats them. Null is by the data's
+            vocabulary: 12 of up to 16 symbols, as DNA has, 6 of up to 512, as bytes, else 2.
 
     Raises:
         ConfigError: n is below 2.
     """
 
-    def __init__(self, n: int = 2) -> None:
+    def __init__(self, n: int | None = None) -> None:
         super().__init__()
-        if n < 2:
+        if n is not None and n < 2:
             raise ConfigError(f"trainer.callbacks.repeats: n must be 2 or more, found {n}")
         self.n = n
         self.bins = {"repeated": Bins([0, 1]), "distance": Bins(octaves())}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.n is None:
+            vocabulary = getattr(getattr(trainer, "datamodule", None), "vocabulary", None)
+            size = getattr(vocabulary, "size", 0) or getattr(getattr(pl_module, "head", None), "vocab_size", 512)
+            self.n = 12 if size <= 16 else 6 if size <= 512 else 2
+
     def split(self, module: LightningModule, batch: SequenceBatch, found: dict[str, Tensor]) -> None:
         if getattr(module, "targets", "next") != "next" or batch.tokens is None:
             return
+        assert self.n is not None
         known, last = previous(batch.tokens, found["targets"], self.n, batch.segment_ids)
         counted = found["counted"] & known
         distance = torch.arange(last.shape[1], device=last.device) - last
