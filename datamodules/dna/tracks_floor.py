@@ -38,7 +38,11 @@ def track_floors(
         For each: ``name``, ``bits`` of a bin on validation (half the Poisson deviance of values over the mean), and for
         ``validation`` and ``test`` ``pearson`` and ``spearman`` of each track, in lists.
     """
-    unit = torch.tensor(scale)
+    with torch.inference_mode(False), torch.enable_grad():  # the test asks for it where there are no gradients
+        return _floors(tracks, regions, torch.tensor(scale))
+
+
+def _floors(tracks: Tracks, regions: Mapping[str, Sequence[Region]], unit: Tensor) -> list[dict[str, object]]:
     given = {name: _features(tracks, parts, unit) for name, parts in regions.items() if parts}
     features, target = given["train"]
     if len(features) > MOST_BINS:

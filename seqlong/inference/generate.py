@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from seqlong.datamodules.dna.alphabet import A, DnaVocabulary, T
+from seqlong.datamodules.dna.alphabet import BOS, A, DnaVocabulary, T
 from seqlong.datamodules.dna.fasta import Header
 from seqlong.datamodules.dna.sequences import read_sequences
-from seqlong.errors import ConfigError, DataError
+from seqlong.errors import ConfigError, DataError, nearest
 from seqlong.inference.arguments import Parser, integer, open_model, progress, require_bases
 from seqlong.inference.model import Model, repeat
 from seqlong.state import BackboneState
@@ -89,6 +89,9 @@ def command(words: Sequence[str]) -> int:
     parser.add_model()
     parser.add_argument("--prompt", default="", metavar="ACGT", help="bases to go on from; none starts with any base")
     parser.add_argument("--prompt-file", metavar="FASTA", help="the first record of a file instead, of any length")
+    parser.add_argument(
+        "--tag", metavar="NAME", help="species or domain, of a model trained on some (experiment=dna/tagged)"
+    )
     parser.add_argument("--length", type=integer, default=1000, help="bases to draw; 1000 if left out")
     parser.add_argument("--count", type=integer, default=1, help="sequences")
     parser.add_argument("--temperature", type=_number, default=1.0, help="below 1: likelier bases; 0: the likeliest")
@@ -103,6 +106,7 @@ def command(words: Sequence[str]) -> int:
     model = open_model(given)
     model.require("causal", why="generate")
     require_bases(model, "generate")
+    head = prefix(model, given.tag)
     parts = _first_record(Path(given.prompt_file)) if given.prompt_file else iter([_letters(given.prompt)])
     if given.output:
         target = Path(given.output)
@@ -110,27 +114,50 @@ def command(words: Sequence[str]) -> int:
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as file:
-                write(model, parts, given.length, given.count, sampling, file.write)
+                write(model, parts, given.length, given.count, sampling, file.write, head)
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
         log.info("wrote %s", target)
     else:
         sys.stdout.flush()
-        write(model, parts, given.length, given.count, sampling, sys.stdout.buffer.write)
+        write(model, parts, given.length, given.count, sampling, sys.stdout.buffer.write, head)
         sys.stdout.buffer.flush()
     return 0
 
 
+def prefix(model: Model, tag: str | None) -> list[int]:
+    """Tokens before a prompt: that of a tag, ``<bos>`` of a model that knows tags if none is given, else nothing.
+
+    Raises:
+        ConfigError: the model knows no tags, or not this one.
+    """
+    known = model.card.get("tags")
+    tags = {str(name): int(number) for name, number in known.items()} if isinstance(known, dict) else {}
+    if tag is None:
+        return [BOS] if tags else []
+    if not tags:
+        raise ConfigError(f"--tag {tag}: {model.path} was trained without tags; experiment=dna/tagged trains with some")
+    if tag not in tags:
+        raise ConfigError(f"--tag {tag}: the model has no such tag{nearest(tag, tags)}; it has {', '.join(tags)}")
+    return [tags[tag]]
+
+
 def write(
-    model: Model, prompt: Iterator[bytes], length: int, count: int, sampling: Sampling, put: Callable[[bytes], object]
+    model: Model,
+    prompt: Iterator[bytes],
+    length: int,
+    count: int,
+    sampling: Sampling,
+    put: Callable[[bytes], object],
+    head: Sequence[int] = (),
 ) -> None:
     """Draw ``count`` sequences and ``put`` them, as FASTA."""
     with ExitStack() as stack:
         kept = [stack.enter_context(TemporaryFile()) for _ in range(count)]
         nats = torch.zeros(count, dtype=torch.float64)
         with progress("Drawing", length * count, "bases") as advance:
-            for block, said in draw(model, prompt, length, count, sampling):
+            for block, said in draw(model, prompt, length, count, sampling, head):
                 for row, letters in zip(kept, block, strict=True):
                     row.write(letters)
                 nats -= said
@@ -146,16 +173,19 @@ def write(
 
 
 def draw(
-    model: Model, prompt: Iterator[bytes], length: int, count: int, sampling: Sampling
+    model: Model, prompt: Iterator[bytes], length: int, count: int, sampling: Sampling, head: Sequence[int] = ()
 ) -> Iterator[tuple[list[bytes], Tensor]]:
     """Letters of ``count`` rows, some thousand at a time, and ``(count)`` the ``ln p`` of each row's part.
 
     ``p`` is the model's own, before temperature and cuts, among the four bases; that of a first base without a prompt
-    is 1/4.
+    is 1/4. ``head``: tokens before the prompt.
     """
     vocabulary, randoms = DnaVocabulary(), [torch.Generator().manual_seed(sampling.seed + row) for row in range(count)]
     state: BackboneState | None = None
     last: Tensor | None = None
+    if head:
+        last, state = model.hidden(torch.tensor([list(head)]), model.initial_state())
+        last = last[:, -1:]
     for part in prompt:
         for start in range(0, len(part), 1 << 15):
             tokens = torch.tensor([vocabulary.encode(part[start : start + (1 << 15)].decode())])
