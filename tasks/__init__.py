@@ -9,6 +9,7 @@ from seqlong.tasks.regression import SequenceRegression
 from seqlong.tasks.tracks import TrackPrediction
 from seqlong.tasks.video_classification import VideoClassification
 from seqlong.tasks.video_patches import MaskedVideo, VideoPrediction
+from seqlong.tasks.video_regression import VideoRegression
 from seqlong.tasks.video_tokenizer import VideoTokenizer
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "TrackPrediction",
     "VideoClassification",
     "VideoPrediction",
+    "VideoRegression",
     "VideoTokenizer",
 ]

@@ -16,6 +16,7 @@ from seqlong.errors import ConfigError
 from seqlong.heads import LanguageHead
 from seqlong.optim import Optimizer, Schedule
 from seqlong.tasks.base import SequenceTask
+from seqlong.tasks.finetune import freeze_blocks, load_backbone, scale_by_depth
 from seqlong.tasks.masking import draw
 
 _HIDE = 1 << 40  # names the draw of hidden patches
@@ -37,6 +38,11 @@ class VideoClassification(SequenceTask):
         drop: share of patches that training hides (replaced by nothing: zeros), a cheap augmentation.
         carry_state: start each row from the state that its window before left, without gradients across. The data must
             be ordered for it, as data.order=stream is.
+        init_from: checkpoint file or run folder of any task of ours, whose backbone training starts from; null: from
+            nothing.
+        freeze: first blocks that stay as they are, the embedding with them; -1: the whole backbone.
+        layer_decay: learning rate of a block as a share of that of the block above it.
+        backbone_lr: learning rate of the backbone as a share of ``optimizer.lr``, which the head has.
         compile: compile each block with torch.compile: a slow first step, then faster ones on a GPU.
 
     Raises:
@@ -54,6 +60,10 @@ class VideoClassification(SequenceTask):
         pool: Literal["mean", "last"] = "mean",
         drop: float = 0.0,
         carry_state: bool = False,
+        init_from: str | None = None,
+        freeze: int = 0,
+        layer_decay: float = 1.0,
+        backbone_lr: float = 1.0,
         compile: bool = False,
     ) -> None:
         super().__init__(backbone, optimizer, schedule, False, 0.0, carry_state, compile)
@@ -66,6 +76,10 @@ class VideoClassification(SequenceTask):
         self.classes, self.pool, self.drop = classes, pool, drop
         # Patches alone are read, and a parameter without a gradient would stop several ranks.
         self.backbone.embedding.requires_grad_(False)
+        freeze_blocks(self.backbone, freeze)
+        if freeze:
+            self.backbone.patch_embedding.requires_grad_(False)  # type: ignore[union-attr]
+        self.init_from, self.layer_decay, self.backbone_lr = init_from, layer_decay, backbone_lr
         for part in ("val", "test"):
             self.add_module(f"{part}_videos", VideoAccuracy(classes))
         self.views = 1
@@ -81,14 +95,19 @@ class VideoClassification(SequenceTask):
         return dataclasses.replace(batch, patches=batch.patches.masked_fill(hidden[..., None], 0))
 
     def setup(self, stage: str) -> None:
-        """Check that the data has labels, and as many classes as the model.
+        """Check that the data has labels, and as many classes as the model; take the weights of ``init_from``.
 
         Raises:
             ConfigError: it has not.
+            CheckpointError: ``init_from`` does not fit.
         """
+        if stage == "fit" and self.init_from and not self.trainer.ckpt_path:
+            load_backbone(self.backbone, self.init_from)
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
+        if getattr(data, "kind", "class") != "class":
+            raise ConfigError("VideoClassification learns classes, but data.values gives numbers; use VideoRegression")
         found, classes = getattr(data, "targets", None), getattr(data, "classes", self.classes)
         if found != "label":
             raise ConfigError(f"{type(self).__name__} learns labels of videos, but the data's targets are '{found}'")
@@ -98,6 +117,19 @@ class VideoClassification(SequenceTask):
             )
         check_patches(self, data)
         self.views = int(getattr(data, "views", 1))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a learning rate for each depth, and its schedule."""
+        made = super().configure_optimizers()
+        if self.layer_decay == 1 and self.backbone_lr == 1:
+            return made
+        optimizer = made["optimizer"]
+        for group in optimizer.param_groups:
+            group["lr"] = self.optimizer_settings.lr  # which the schedule has multiplied already
+            group.pop("initial_lr", None)
+        scale_by_depth(optimizer, self.backbone, self.layer_decay, self.backbone_lr)
+        schedule = self.schedule.build(optimizer, self.trainer.max_steps if self.trainer.max_steps > 0 else None)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _run(self, batch: SequenceBatch) -> BackboneOutput:
         output = super()._run(batch)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from seqlong.batch import SequenceBatch
+from seqlong.embeddings import PatchEmbedding
 from seqlong.errors import ConfigError
 from seqlong.optim import Optimizer, Schedule
 
@@ -123,7 +124,7 @@ class VideoTokenizer(LightningModule):
         self.size, self.blocks = size, blocks
         self.fsq = FSQ([8, 5, 5, 5] if levels is None else levels)
         count = len(self.fsq.levels)
-        self.enter, self.leave = nn.Linear(size, width), nn.Linear(width, size)
+        self.enter, self.leave = PatchEmbedding(width, size), nn.Linear(width, size)
         self.encoder = nn.ModuleList(GridBlock(width) for _ in range(blocks))
         self.decoder = nn.ModuleList(GridBlock(width) for _ in range(blocks))
         self.narrow = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, count))
@@ -145,7 +146,7 @@ class VideoTokenizer(LightningModule):
 
     def encode(self, grid: Float[Tensor, "b n y x p"]) -> tuple[Float[Tensor, "b n y x l"], Int[Tensor, "b n y x"]]:
         """Quantised values and codes of patches on their grid of time, height and width."""
-        x = self.enter(grid)
+        x = self.enter(grid.flatten(1, 3)).unflatten(1, grid.shape[1:4])
         for block in self.encoder:
             x = block(x)
         return self.fsq(self.narrow(x))

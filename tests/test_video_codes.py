@@ -96,7 +96,7 @@ def test_it_learns_to_tell_pixels(tmp_path: Path) -> None:
     trainer = Trainer(
         max_steps=100, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path, val_check_interval=100, use_distributed_sampler=False,
-        num_sanity_val_steps=0, max_epochs=-1, check_val_every_n_epoch=None,
+        num_sanity_val_steps=0, max_epochs=-1, check_val_every_n_epoch=None, inference_mode=False,
     )  # fmt: skip
     before = trainer.validate(task, data, verbose=False)[0]["val/psnr"]
     trainer.fit(task, data)

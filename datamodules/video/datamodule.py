@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ from seqlong.datamodules.video.listing import PARTS, Part, Video, classes_of, di
 from seqlong.datamodules.video.reading import Reader, check_size
 from seqlong.datamodules.video.sampling import Sampling
 from seqlong.datamodules.video.tubelets import Tubelets
+from seqlong.datamodules.video.values import ValueNames, Values, with_values
 from seqlong.errors import ConfigError, DataError
 
 _PLACE, _DOWN, _ACROSS, _FLIP, _AUGMENT = range(5)  # what is drawn of a clip
@@ -46,6 +48,8 @@ class VideoData(SequenceData):
         flip: probability that a training clip is mirrored.
         transforms: of training clips, drawn once a clip: torchvision.transforms.v2, or any module on (n 3 h w) uint8.
         labels: whether labels are wanted. False for tasks on pixels alone: then videos need none.
+        values: numbers in place of classes. ``label``: labels are numbers; else a folder with a .npy vector for each
+            video (``cat/a.mp4.npy`` for ``cat/a.mp4``), such as another model's features, to be learnt from it.
         validation: share of the videos (by class, by whole groups) to validate on, where the list does not say.
         test: share of the videos to test on, where the list does not say.
         group_pattern: regular expression; what its bracket finds in a file's name is the video's group, which is never
@@ -79,6 +83,7 @@ class VideoData(SequenceData):
         flip: float = 0.5,
         transforms: list[nn.Module] | None = None,
         labels: bool = True,
+        values: str | None = None,
         validation: float = 0.1,
         test: float = 0.1,
         group_pattern: str | None = None,
@@ -109,6 +114,9 @@ class VideoData(SequenceData):
         self.path, self.sampling, self.tubelets = path, sampling, tubelets
         self.flip, self.transforms, self.labels = flip, list(transforms or []), labels
         self.shares, self.group_pattern, self.order = (validation, test), group_pattern, order
+        root = Path(path).expanduser()
+        self.values = None if values is None else Values(values, root if root.is_dir() else root.parent)
+        self._value_names: ValueNames | None = None
         self.eval_clips, self.eval_crops = eval_clips, eval_crops
         self.views = eval_clips * eval_crops
         self.size = (height, width)
@@ -126,7 +134,7 @@ class VideoData(SequenceData):
         """The videos of train, validation and test."""
         if self._parts is None:
             found = read_videos(self.path, self.group_pattern)
-            self._names = classes_of(found, self.path) if self.labels else []
+            self._names = classes_of(found, self.path) if self.labels and self.values is None else []
             self._parts = divide(found, *self.shares, self.seed)
             if not self._parts["train"]:
                 raise DataError(f"{self.path}: none of its {len(found)} videos is for training")
@@ -143,8 +151,21 @@ class VideoData(SequenceData):
 
     @property
     def classes(self) -> int:
-        """How many classes there are."""
-        return len(self.class_names)
+        """How many classes, or values, there are."""
+        return len(self.class_names) if self.values is None else len(self.label_names.names)
+
+    @property
+    def kind(self) -> Literal["class", "value"]:
+        """What labels are."""
+        return "class" if self.values is None else "value"
+
+    @property
+    def label_names(self) -> ValueNames:
+        """What values are called, and how they are spread in training."""
+        assert self.values is not None
+        if self._value_names is None:
+            self._value_names = self.values.names(self.videos["train"])
+        return self._value_names
 
     def setup(self, stage: str) -> None:
         """List the videos, and see where their streams are cut; prints what was found once, on rank 0."""
@@ -188,7 +209,7 @@ class VideoData(SequenceData):
 
     def floors(self) -> list[dict[str, object]]:
         """Bits of a label that is guessed by how often each class is trained on, on the validation videos."""
-        if not self._names:
+        if not self._names:  # values, or no labels
             return []
         trained = Counter(video.label for video in self.videos["train"])
         asked = [video.label for video in self.videos["validation"]]
@@ -246,12 +267,21 @@ class _Rows:
         self.sampling, self.tubelets, self.reader = data.sampling, data.tubelets, data.reader
         self.length, self.seed = data.length, data.seed
         self.labels = {name: number for number, name in enumerate(data.class_names)}
+        self.values = data.values
+        self.outputs = data.classes
 
     def label(self, video: Video) -> int:
         return self.labels.get(video.label, -1) if self.labels else -1
 
-    def join(self, clips: Sequence[Clip], numbers: NDArray[np.int64], carried: bool = False) -> SequenceBatch:
-        return join(clips, torch.from_numpy(numbers.copy()), self.tubelets, self.length, carried)
+    def join(
+        self, clips: Sequence[Clip], videos: Sequence[Video | None], numbers: NDArray[np.int64], carried: bool = False
+    ) -> SequenceBatch:
+        batch = join(clips, torch.from_numpy(numbers.copy()), self.tubelets, self.length, carried)
+        if self.values is None:
+            return batch
+        nothing = np.full(self.outputs, math.nan, dtype=np.float32)
+        known = [nothing if video is None else self.values(video) for video in videos]
+        return with_values(batch, torch.from_numpy(np.stack(known)))
 
 
 class _Training(_Rows, Dataset[SequenceBatch]):
@@ -261,10 +291,11 @@ class _Training(_Rows, Dataset[SequenceBatch]):
         self.flip, self.transforms = data.flip, data.transforms
 
     def __getitem__(self, request: BatchRequest) -> SequenceBatch:
-        clips = [self._clip(int(sample), request) for sample in request.samples]
-        return self.join(clips, request.samples, carried=self.streams is not None)
+        made = [self._clip(int(sample), request) for sample in request.samples]
+        clips, videos = [clip for clip, _ in made], [video for _, video in made]
+        return self.join(clips, videos, request.samples, carried=self.streams is not None)
 
-    def _clip(self, sample: int, request: BatchRequest) -> Clip:
+    def _clip(self, sample: int, request: BatchRequest) -> tuple[Clip, Video]:
         draws = (mix(self.seed, sample, np.arange(5)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         if self.streams is not None:
             return self._streamed(sample, request)
@@ -274,12 +305,13 @@ class _Training(_Rows, Dataset[SequenceBatch]):
         def numbers(index: Any) -> NDArray[np.int64]:
             return self.sampling.frame_numbers(index, video.start, video.end, draws[_PLACE], draws[_PLACE])
 
-        return self.reader.clip(
+        clip = self.reader.clip(
             video, self.label(video), numbers, (draws[_DOWN], draws[_ACROSS]), bool(draws[_FLIP] < self.flip),
             self.transforms, int(draws[_AUGMENT] * 2**31),
         )  # fmt: skip
+        return clip, video
 
-    def _streamed(self, sample: int, request: BatchRequest) -> Clip:
+    def _streamed(self, sample: int, request: BatchRequest) -> tuple[Clip, Video]:
         assert self.streams is not None
         which, number, follows, seen = self.streams.place(sample, request.rows)
         video = self.videos[which]
@@ -291,7 +323,7 @@ class _Training(_Rows, Dataset[SequenceBatch]):
             bool(mix(self.seed, seen, which)[0] & np.uint64(1)) and self.flip > 0,
         )
         clip.first, clip.continues = number * self.sampling.frames, follows
-        return clip
+        return clip, video
 
 
 class _Evaluation(_Rows, Dataset[SequenceBatch]):
@@ -300,7 +332,8 @@ class _Evaluation(_Rows, Dataset[SequenceBatch]):
         self.videos, self.clips, self.crops = videos, data.eval_clips, data.eval_crops
 
     def __getitem__(self, numbers: NDArray[np.int64]) -> SequenceBatch:
-        return self.join([self._clip(int(number)) for number in numbers], numbers)
+        of = [self.videos[int(number) // (self.clips * self.crops)] if number >= 0 else None for number in numbers]
+        return self.join([self._clip(int(number)) for number in numbers], of, numbers)
 
     def _clip(self, number: int) -> Clip:
         if number < 0:
