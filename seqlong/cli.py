@@ -44,6 +44,10 @@ VERBS = {
         "seqlong track ref.fa --ckpt last --output ref.bw",
     ),
     "generate": ("draw sequences", "seqlong generate --ckpt last --prompt ATGAAACGC --length 1000 --temperature 0.9"),
+    "harness": (
+        "run tasks of lm-evaluation-harness on a model of text",
+        "seqlong harness lambada_openai --ckpt last --limit 100",
+    ),
     "attribute": ("which bases matter, as a logo", "seqlong attribute chr7:1000-1100 ref.fa --ckpt last"),
     "reach": ("how much of its context a model uses", "seqlong reach ref.fa --ckpt last --contexts 256,4096,65536"),
     "seen": ("what of a region was trained on", "seqlong seen chr7:1-2000 ref.fa --ckpt last"),
@@ -71,6 +75,7 @@ _COMMANDS = {
     "embed": "seqlong.inference.embed",
     "track": "seqlong.inference.track",
     "generate": "seqlong.inference.generate",
+    "harness": "seqlong.inference.harness",
     "attribute": "seqlong.inference.attribute",
     "reach": "seqlong.inference.reach",
     "seen": "seqlong.inference.seen",
