@@ -40,6 +40,7 @@ from seqlong.mixers import (
     Mixer,
     MoH,
     MoM,
+    PrefixMixer,
     RetNet,
     SimpleGLA,
     readings,
@@ -256,7 +257,7 @@ KINDS: dict[str, Callable[[int], Mixer]] = {
     for name in seqlong.mixers.__all__
     if inspect.isclass(kind := getattr(seqlong.mixers, name))
     and issubclass(kind, Mixer)
-    and kind not in (Mixer, Bidirectional)
+    and kind not in (Mixer, Bidirectional, PrefixMixer)
 }
 ENDS = [[(0, 9), (9, 10), (10, 23)], [(0, 17)]]
 TURNED = sorted(name for name, kind in KINDS.items() if bidirectional_form(kind(WIDTH)) != "none")
@@ -440,8 +441,10 @@ def test_what_has_no_other_direction_says_so() -> None:
 def test_the_documentation_says_what_each_mixer_can() -> None:
     text = (Path(__file__).parents[1] / "docs" / "mixers.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
-    told = {word.strip("` "): row[-2] for row in rows for word in row[0].split(",")}
-    assert set(told) == set(KINDS)
+    told = {row[0].strip("`"): row[-2] for row in rows}
+    assert set(told) == {*KINDS, "Bidirectional", "PrefixMixer"}
+    for name, *cells in rows:  # expand, input, oscillation, shrink; or what is kept, how it fades, how it is read
+        assert all(cells) or (name, cells.index("")) == ("`GatedMemoryUnit`", 3), f"{name} has an empty cell"
     for name, kind in KINDS.items():
         assert told[name].removesuffix("; `causal: false`") == bidirectional_form(kind(WIDTH)), name
         takes = "causal" in inspect.signature(kind).parameters

@@ -21,10 +21,10 @@ from seqlong.positions import alibi_slopes, check_axes, rotary_axes
 class Attention(Mixer):
     """``o_i = Σ_j softmax_j(q_i·k_j / √k) v_j`` over the tokens j that i may see.
 
-    With ``qk_norm``, q and k pass an RMSNorm before they are rotated. With ``gate``, a head's
-    result is multiplied with ``σ(W x)`` before the last projection: channel by channel (Qwen3-Next's form: its own
-    gate for each head and channel), or with one number a head. With ``sinks``, the first tokens of a segment stay visible beyond the window, at
-    the positions that they have (not moved up to the window, so that a row split anywhere is the row).
+    With ``qk_norm``, q and k pass an RMSNorm before they are rotated. With ``gate``, a head's result is multiplied with
+    ``σ(W x)`` before the last projection: channel by channel (Qwen3-Next's form: its own gate for each head and
+    channel), or with one number a head. With ``sinks``, the first tokens of a segment stay visible beyond the window,
+    at the positions that they have (not moved up to the window, so that a row split anywhere is the row).
 
     Source: arXiv 1706.03762; grouped heads arXiv 2305.13245; sliding window arXiv 2004.05150; sinks arXiv 2309.17453;
     gate arXiv 2505.06708; qk_norm arXiv 2302.05442, 2505.09388.

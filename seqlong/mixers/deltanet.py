@@ -65,8 +65,9 @@ class DeltaNet(LinearMixer):
 class GatedDeltaNet(LinearMixer):
     """DeltaNet whose memory also fades: ``S~ = exp(g_t) S_{t-1}``, ``S_t = S~ + β_t k_tᵀ (v_t - k_t S~)``.
 
-    ``g = -A softplus(W x + b)``, one a head, as in Mamba2. Then RMSNorm of each head, times SiLU of a gate. Rates A
-    start uniform in [1, 16]: the published [0, 16] leaves heads that never forget. Source: arXiv 2412.06464.
+    ``o_t = q_t S_t / √k``; ``g = -A softplus(W x + b)``, one a head, as in Mamba2; the rest as in ``DeltaNet``. Then
+    RMSNorm of each head, times SiLU of a gate. softplus(b) starts log-uniform in [0.001, 0.1], as in Mamba2, rates A
+    uniform in [1, 16]: the published [0, 16] leaves heads that never forget. Source: arXiv 2412.06464.
 
     Args:
         d_model: width of the residual stream.
@@ -122,8 +123,10 @@ class GatedDeltaNet(LinearMixer):
 class KDA(LinearMixer):
     """Kimi Delta Attention: the gated delta rule with a decay a channel, ``g = -A softplus(W₂ W₁ x + b)``.
 
-    RMSNorm of each head, times the sigmoid of a low-rank gate. The published models put one attention without
-    positions after three of these. Source: arXiv 2510.26692.
+    ``S~ = diag(exp(g_t)) S_{t-1}``, ``S_t = S~ + β_t k_tᵀ (v_t - k_t S~)``, ``o_t = q_t S_t / √k``; the rest as in
+    ``DeltaNet``. RMSNorm of each head, times the sigmoid of a low-rank gate. Rates A, one a head, start uniform in [1,
+    16] (at 1 with ``safe``), softplus(b), one a channel, log-uniform in [0.001, 0.1]. The published models put one
+    attention without positions after three of these. Source: arXiv 2510.26692.
 
     Args:
         d_model: width of the residual stream.

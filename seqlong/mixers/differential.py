@@ -25,8 +25,9 @@ class DifferentialAttention(Mixer):
     """``o = (1 - λ₀) RMSNorm((softmax(q₁k₁ᵀ / √k) - λ softmax(q₂k₂ᵀ / √k)) v)``, each head normed by itself.
 
     ``λ = exp(λ_q1·λ_k1) - exp(λ_q2·λ_k2) + λ₀``, learnt, one for all heads of a block, with
-    ``λ₀ = 0.8 - 0.6 exp(-0.3 l)`` in block l, from 0. A head has two queries and keys of width k and one value of
-    width 2k, so half as many heads cost what ``Attention`` costs. Source: arXiv 2410.05258.
+    ``λ₀ = 0.8 - 0.6 exp(-0.3 l)`` in block l, from 0; its vectors start normal with deviation 0.1. A head has two
+    queries and keys of width k and one value of width 2k, so half as many heads cost what ``Attention`` costs. Source:
+    arXiv 2410.05258.
 
     Args:
         d_model: width of the residual stream.

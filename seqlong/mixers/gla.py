@@ -72,7 +72,8 @@ class GLA(LinearMixer):
 class SimpleGLA(LinearMixer):
     """``S_t = exp(g_t) S_{t-1} + k_tᵀ v_t``, ``o_t = q_t S_t / √k``, ``g = logsigmoid(W x + b) / divisor``, one a head.
 
-    GLA with one decay for all channels of a head: the recurrence of Mamba2. Source: arXiv 2312.06635, 2405.21060.
+    GLA with one decay for all channels of a head: the recurrence of Mamba2. q, k, v pass a short convolution with SiLU;
+    then RMSNorm of each head, times SiLU of a gate. Source: arXiv 2312.06635, 2405.21060.
 
     Args:
         d_model: width of the residual stream.

@@ -58,7 +58,9 @@ class LowRank(nn.Sequential):
 class LinearMixer(Mixer):
     """q, k and v from one projection, a recurrence (the subclass's), RMSNorm of each head, a gate, a projection.
 
-    A subclass gives ``recur``; it may change how q, k, v are made (``features``) and how its result ends (``finish``).
+    The state is ``memory`` ``(b h k v)`` in float32, and the last inputs of the convolution. Matrices start as
+    ``nn.Linear`` does, norms at 1, whatever the source of the subclass; what is otherwise, its docstring says. A
+    subclass gives ``recur``; it may change how q, k, v are made (``features``) and how its result ends (``finish``).
     Padding has k = 0 when ``recur`` is called; a subclass sees to it that its decays are 1 there (``still``).
 
     Args:

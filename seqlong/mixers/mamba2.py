@@ -34,8 +34,10 @@ class Mamba2State(MixerState):
 class Mamba2(Mixer):
     """``S_t = exp(-A dt_t) S_{t-1} + B_tᵀ (dt_t x_t)``, ``y_t = C_t S_t + D x_t``, then a gated norm.
 
-    x, B and C pass a short causal convolution with SiLU; ``dt = softplus(W u + dt_bias)``. Weights have the names and
-    the layout of the published code, so its checkpoints load. Source: arXiv 2405.21060.
+    x, B and C pass a short causal convolution with SiLU; ``dt = softplus(W u + dt_bias)``; the gated norm is
+    ``RMSNorm(y ⊙ silu(z))`` over each group. A starts uniform in [1, 16], dt log-uniform in [0.001, 0.1], D as 1, all
+    one a head; matrices and convolution as torch's. Weights have the names and the layout of the published code, so its
+    checkpoints load. Source: arXiv 2405.21060.
 
     Args:
         d_model: width of the residual stream.

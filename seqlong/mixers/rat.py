@@ -23,10 +23,10 @@ class Rat(Mixer):
     """``ṽ_t = g_t ⊙ ṽ_{t-1} + (1 - g_t) ⊙ v_t``, the same for k̃, both from 0 in each chunk; then attention of ``q_t``
     over ``(k̃, ṽ)`` of the last token of every earlier chunk and of t itself, times ``σ(W x_t)``.
 
-    ``g_t = σ(W x_t + b)``, a number a channel. Chunks are counted from the beginning of a segment, and a segment need
-    not be whole chunks. Rotation is by the number of the chunk. Between attention (chunk 1 with g = 0) and a plain
-    recurrence (chunks as long as the row). Each head has its own queries and keys; the paper's parameter-matched models
-    share them. Source: arXiv 2507.04416.
+    ``g_t = σ(W x_t + b)``, a number a channel; b starts as log u, u uniform in [1, chunk - 1]: means over 1 + u tokens.
+    Chunks are counted from the beginning of a segment, and a segment need not be whole chunks. Rotation is by the
+    number of the chunk. Between attention (chunk 1 with g = 0) and a plain recurrence (chunks as long as the row). Each
+    head has its own queries and keys; the paper's parameter-matched models share them. Source: arXiv 2507.04416.
 
     Args:
         d_model: width of the residual stream.
@@ -55,7 +55,7 @@ class Rat(Mixer):
         self.chunk, self.positions, self.rope_base = chunk, positions, rope_base
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
         self.forget_proj = nn.Linear(d_model, d_model, bias=False)
-        # Means over 1 + u tokens, u uniform in [1, chunk - 1]: σ(b) = u / (1 + u).
+        # σ(b) = u / (1 + u), and a mean over n tokens has g = (n - 1) / n.
         self.forget_bias = nn.Parameter(torch.empty(d_model).uniform_(1, max(1, chunk - 1)).log())
         self.gate_proj = nn.Linear(d_model, d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
