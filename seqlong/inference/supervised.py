@@ -393,7 +393,7 @@ def _row(
     groups: NDArray[np.int64],
     fold: NDArray[np.int64],
 ) -> None:
-    value, low, high = interval(positive, said, groups)
+    value, low, high = interval(positive, said.astype(np.float64), groups)
     each = [auroc(positive[fold == number], said[fold == number]) for number in range(int(fold.max()) + 1)]
     shown = f"{min(each):.3f} to {max(each):.3f}"
     table.add_row(name, f"{value:.3f}", f"{low:.3f} to {high:.3f}", shown, f"{len(said):,}")
