@@ -189,8 +189,11 @@ def save_head(path: str, head: Head, facts: str) -> None:
     """Write a head, and what it needs to be used, as ``.npz``."""
     if not path.endswith(".npz"):
         raise ConfigError(f"--save is '{path}'; expected a name that ends in .npz")
-    numbers = {"bias": np.array(head.bias), "penalty": np.array(head.penalty), "facts": np.array(facts)}
-    np.savez(path, mean=head.mean, deviation=head.deviation, weights=head.weights, **numbers)
+    bias, penalty = np.array(head.bias), np.array(head.penalty)
+    np.savez(
+        path, mean=head.mean, deviation=head.deviation, weights=head.weights, bias=bias, penalty=penalty,
+        facts=np.array(facts),
+    )  # fmt: skip
 
 
 def load_head(path: str) -> tuple[Head, str]:
