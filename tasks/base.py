@@ -35,8 +35,8 @@ class SequenceTask(LightningModule):
     Logs, every ``trainer.log_every_n_steps`` steps and over the steps since the row before: ``train/loss`` (nats, the
     objective), ``train/bits`` (bits per token over positions of positive weight, each counted once), ``train/length``
     (positions in a row), ``lr``, the figures of the blocks as ``train/<name>``, and those of their experts as
-    ``experts/<block>/<name>`` (see ``ExpertLoads.figures``). In evaluation ``val/bits``,
-    ``val/accuracy``, or ``test/...``.
+    ``experts/<block>/<name>``, of routers in their mixers ``routers/<block>/<name>`` (see ``ExpertLoads.figures``). In
+    evaluation ``val/bits``, ``val/accuracy``, or ``test/...``.
 
     A subclass says what to predict, in ``prepare``.
 

@@ -34,16 +34,16 @@ def experts_section(record: RunRecord) -> Html | None:
     note = (
         f"A strip a router, a cell an expert, over the steps up to {step:,}: the darker, the more of the choices fell "
         "on it; half dark is the mean. ffn: experts of the feed-forward. mixer: what the mixer's router chooses among, "
-        "heads, memories or parts of a state. MaxVio: the largest load over the mean, minus 1. Dead: below a hundredth "
-        "of the mean. Entropy: of the router's scores, 1 where it does not prefer any."
+        "heads, experts of a head, memories or parts of a state. MaxVio: the largest load over the mean, minus 1. "
+        "Dead: below a hundredth of the mean. Entropy: of the router's scores, 1 where it does not prefer any."
     )
     charts: list[object] = []
     both = len({part == "ffn" for _, part in last}) == 2
     for part, kind in (("mixer", "routers/"), ("feed-forward", "experts/")):
         name = f"Largest MaxVio of any {part if both else 'block'}"
         worst = line_chart(name, worst_violation(record, kind))
-        charts += [tag("h3", name), div("chart", worst)] if worst else []
-    children = [tag("p", note, attributes={"class": "note"}), div("contigs", *cells), *charts]
+        charts += [tag("div", tag("h3", name), div("chart", worst))] if worst else []
+    children = [tag("p", note, attributes={"class": "note"}), div("contigs", *cells), div("grid", *charts)]
     return tag("section", tag("h2", "Experts"), *children, attributes={"id": "experts"})
 
 
