@@ -3,6 +3,7 @@
 from seqlong.datamodules.synthetic.copying import Copy, Induction, KeyedCopy, SelectiveCopy
 from seqlong.datamodules.synthetic.counting import CommonWords, FrequentWords
 from seqlong.datamodules.synthetic.data import RecallBatch, SyntheticData
+from seqlong.datamodules.synthetic.from_files import Babilong, LongRangeArena
 from seqlong.datamodules.synthetic.generator import RecallTask, Rows
 from seqlong.datamodules.synthetic.grid import Cell
 from seqlong.datamodules.synthetic.motifs import DnaNeedle
@@ -12,6 +13,7 @@ from seqlong.datamodules.synthetic.tracking import VariableTracking
 
 __all__ = [
     "MQAR",
+    "Babilong",
     "Cell",
     "CommonWords",
     "Copy",
@@ -20,6 +22,7 @@ __all__ = [
     "GapMQAR",
     "Induction",
     "KeyedCopy",
+    "LongRangeArena",
     "Needle",
     "Phonebook",
     "RecallBatch",

@@ -163,9 +163,11 @@ class SyntheticData(SequenceData):
         return [{"name": "chance", "bits": float(-math.log2(self.generator.chance()) / tokens)}]
 
 
-def make(generator: RecallTask, numbers: NDArray[np.int64], length: int, *name: int, rest: float = 0.0) -> RecallBatch:
+def make(
+    generator: RecallTask, numbers: NDArray[np.int64], length: int, *name: int, rest: float = 0.0, part: int = TRAIN
+) -> RecallBatch:
     """Rows by number; a negative one is a row that counts for nothing."""
-    made = generator.rows(Draw(numbers, *name), length)
+    made = generator.rows(Draw(numbers, *name, part=part), length)
     tokens, told, answer = (torch.from_numpy(part) for part in (made.tokens, made.told, made.answer))
     targets = torch.from_numpy(made.targets)
     weight = (targets >= 0).float()
@@ -209,7 +211,8 @@ class _Evaluation(Dataset[SequenceBatch]):
 
     def __getitem__(self, wanted: Part) -> SequenceBatch:
         cell = self.cells[wanted.cell]
-        batch = make(self.tasks[wanted.cell], wanted.numbers, cell.length, self.part, cell.length, cell.items or 0)
+        name = (self.part, cell.length, cell.items or 0)
+        batch = make(self.tasks[wanted.cell], wanted.numbers, cell.length, *name, part=self.part)
         assert batch.index is not None
         batch.index[batch.index >= 0] += int(self.first[wanted.cell])
         return batch

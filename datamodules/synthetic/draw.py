@@ -22,10 +22,11 @@ class Draw:
     Args:
         numbers: ``(b)`` of the rows.
         name: integers that tell this stream of rows from others, such as ``(seed, part)``.
+        part: 0 for rows of training, 1 of validation, 2 of test.
     """
 
-    def __init__(self, numbers: Ints, *name: int) -> None:
-        self.rows = len(numbers)
+    def __init__(self, numbers: Ints, *name: int, part: int = 0) -> None:
+        self.rows, self.numbers, self.part = len(numbers), numbers, part
         self._base = mix(*name, numbers).view(np.int64)[:, None]
         self._calls = 0
 
