@@ -93,11 +93,11 @@ def test_scores_on_haplotypes_are_those_of_their_letters(tmp_path: Path) -> None
         """Letters of a chromosome with ``instead`` at some positions, and where each position is."""
         made, at, places = "", 1, {}
         for pos, ref, alts, gt in rows:
-            if pos < at:
+            index = gt.split("|")[side] if "|" in gt else "0"
+            if pos < at or (pos not in instead and index in "0."):
                 continue
             made += letters[at - 1 : pos - 1]
             places[pos] = len(made)
-            index = gt.split("|")[side] if "|" in gt else "0"
             own = alts.split(",")[int(index) - 1] if index not in "0." else ref
             made += instead.get(pos, own)
             at = pos + len(ref)

@@ -125,7 +125,7 @@ def test_the_command_learns_and_writes(tmp_path: Path, monkeypatch, capsys) -> N
     for name in (
         "this model's states",
         "zero-shot",
-        "floor: substitution and position",
+        "floor: change, place",
         "CADD (",
         "5 folds by position",
     ):

@@ -368,9 +368,9 @@ def learn(
     _row(table, "this model's states", positive, said, groups, fold)
     if model.kind in ("causal", "masked"):
         half = features.shape[1] // 2
-        _row(table, "its likelihood alone (zero-shot)", positive, -own[:, [half - 1, -1]].mean(axis=1), groups, fold)
-    _row(table, "floor: substitution and position", positive, floor, groups, fold)
-    _row(table, "states and floor together", positive, both, groups, fold)
+        _row(table, "zero-shot likelihood", positive, -own[:, [half - 1, -1]].mean(axis=1), groups, fold)
+    _row(table, "floor: change, place", positive, floor, groups, fold)
+    _row(table, "states and floor", positive, both, groups, fold)
     for name, values in found.others.items():
         column = np.array(values)[rows]
         known = ~np.isnan(column)
