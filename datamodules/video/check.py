@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seqlong.datamodules.video.index import DecodeError, opened, pyav, read_index, said
+from seqlong.datamodules.video.tars import members
 
 #: File name endings that a folder is searched for.
 ENDINGS = frozenset(
@@ -123,9 +124,12 @@ def examine(path: Path, threads: int = 1) -> Facts:
 
 
 def videos_under(folder: Path, endings: Collection[str] = ENDINGS) -> Iterator[Path]:
-    """Video files of a folder and the folders in it, by name; a file is itself."""
+    """Video files of a folder and the folders in it, by name, and those in its tars; a file is itself."""
     if folder.is_file():
-        yield folder
+        if folder.suffix.lower() == ".tar":
+            yield from members(folder, endings)
+        else:
+            yield folder
         return
     been: set[Path] = set()
     for place, folders, names in os.walk(folder, followlinks=True):  # class folders are often links
@@ -136,5 +140,7 @@ def videos_under(folder: Path, endings: Collection[str] = ENDINGS) -> Iterator[P
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(place) / name
-            if path.suffix.lower() in endings and not name.startswith(".") and path.is_file():
+            if path.suffix.lower() == ".tar" and path.is_file():
+                yield from members(path, endings)
+            elif path.suffix.lower() in endings and not name.startswith(".") and path.is_file():
                 yield path

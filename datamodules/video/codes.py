@@ -17,6 +17,7 @@ from seqlong.batch import SequenceBatch
 from seqlong.datamodules.base import SequenceData
 from seqlong.datamodules.sampler import BatchRequest, permute
 from seqlong.datamodules.video.listing import PARTS, Part, Video, divide, read_videos
+from seqlong.datamodules.video.tars import span
 from seqlong.errors import ConfigError, DataError
 
 #: What a folder of codes says of itself: the number of codes, how they were made.
@@ -178,7 +179,7 @@ def open_codes(path: Path) -> NDArray[Any]:
         DataError: the file is no such array.
     """
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        found = np.load(path, mmap_mode="r", allow_pickle=False) if path.is_file() else _in_tar(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: is no .npy file that can be read ({error})") from error
     if found.dtype.name not in _DTYPES or found.ndim not in (1, 3) or not found.size:
@@ -187,6 +188,19 @@ def open_codes(path: Path) -> NDArray[Any]:
             "(time, height, width) or (n)"
         )
     return found
+
+
+def _in_tar(path: Path) -> NDArray[Any]:
+    """The array of a member of a tar, mapped where it lies."""
+    tar, offset, _ = span(path)
+    with tar.open("rb") as file:
+        file.seek(offset)
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, turned, kind = read(file)
+        if kind.hasobject or turned:
+            raise ValueError(f"{kind} in {'Fortran' if turned else 'C'} order")
+        return np.memmap(tar, kind, "r", file.tell(), shape)
 
 
 def _checked(path: Path, codes: NDArray[Any], size: int) -> NDArray[np.int64]:

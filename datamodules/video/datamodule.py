@@ -38,8 +38,9 @@ class VideoData(SequenceData):
     """Clips of video files, as rows of patches.
 
     Args:
-        path: folder with a folder for each class (or train, val and test folders that have them), or a .csv or .jsonl
-            list: path, and label, start, end, split, group as far as they are known.
+        path: folder with a folder for each class (or train, val and test folders that have them); a webdataset .tar or
+            a folder of them (``0001.mp4`` with ``0001.json``); or a .csv or .jsonl list: path, and label, start, end,
+            split, group as far as they are known.
         sampling: which frames make a clip.
         size: pixels of a clip, or [height, width].
         tubelets: how clips are cut into patches.

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqlong.datamodules.video.index import DecodeError, open_best, pyav, read_index, said
+from seqlong.datamodules.video.tars import Slice, span
 from seqlong.errors import ConfigError
 
 log = logging.getLogger("seqlong")
@@ -284,7 +285,8 @@ class TorchCodecReader(VideoReader):
         from torchcodec.decoders import VideoDecoder
 
         try:
-            self.decoder: Any = VideoDecoder(str(path), num_ffmpeg_threads=threads, dimension_order="NHWC")
+            source: str | bytes = str(path) if path.is_file() else Slice(*span(path)).read()
+            self.decoder: Any = VideoDecoder(source, num_ffmpeg_threads=threads, dimension_order="NHWC")
         except (RuntimeError, ValueError) as error:
             raise DecodeError(path, f"cannot be opened by torchcodec: {str(error).splitlines()[0]}") from error
         if len(self.decoder) != len(self.index):

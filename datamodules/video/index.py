@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from seqlong.datamodules.video.tars import Slice, span, tar_of
 from seqlong.errors import ConfigError, DataError
 
 
@@ -102,7 +103,12 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
 def open_best(path: Path) -> tuple[Any, Any]:
     """As ``opened``, for who closes the container himself."""
     if not path.is_file():
-        raise DecodeError(path, "there is no such file")
+        if tar_of(path) is None:
+            raise DecodeError(path, "there is no such file")
+        tar, offset, size = span(path)
+        if not size:
+            raise DecodeError(path, "the file is empty")
+        return best_of(Slice(tar, offset, size), path)
     if path.stat().st_size == 0:
         raise DecodeError(path, "the file is empty")
     return best_of(str(path.absolute()), path)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from seqlong.datamodules.sampler import permute
 from seqlong.datamodules.video.check import ENDINGS, videos_under
+from seqlong.datamodules.video.tars import facts_of, tar_of
 from seqlong.errors import ConfigError, DataError, located, nearest
 
 Part = Literal["train", "validation", "test"]
@@ -55,6 +56,7 @@ def read_videos(path: str | Path, group_pattern: str | None = None, endings: Col
 
     Args:
         path: a folder with a folder for each class, or with ``train``, ``val`` and ``test`` folders that have them; a
+            webdataset tar or a folder of them, whose samples have a video and a .json of the names below (or a .cls); a
             .csv with a header, or a .jsonl: path, and as many of label, start, end (seconds), split and group as are
             known. Paths are taken from the list's folder.
         group_pattern: regular expression; what it finds in a file's name (its first bracket) is the file's group.
@@ -64,12 +66,14 @@ def read_videos(path: str | Path, group_pattern: str | None = None, endings: Col
         DataError: no such folder or list, no videos, a line that cannot be used, a file that is missing.
     """
     source = Path(path).expanduser()
-    if source.is_dir():
+    if source.is_dir() or (source.suffix.lower() == ".tar" and source.is_file()):
         found = list(_of_folder(source, endings))
     elif source.suffix in (".csv", ".tsv", ".jsonl"):
         found = list(_of_list(source))
     elif source.is_file():
-        raise DataError(f"{source}: expected a folder of videos, or a list that ends in .csv, .tsv or .jsonl")
+        raise DataError(
+            f"{source}: expected a folder of videos, a .tar of them, or a list that ends in .csv, .tsv or .jsonl"
+        )
     else:
         raise DataError(f"{source}: there is no such file or folder")
     if not found:
@@ -89,7 +93,10 @@ def read_videos(path: str | Path, group_pattern: str | None = None, endings: Col
 
 
 def _of_folder(root: Path, endings: Collection[str]) -> Iterator[Video]:
-    folders = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    inside_tar = root.is_file()
+    folders = [] if inside_tar else sorted(
+        child for child in root.iterdir() if child.is_dir() and not child.name.startswith(".")
+    )  # fmt: skip
     splits = {child: _NAMES[child.name.lower()] for child in folders if child.name.lower() in _NAMES}
     if splits and len(splits) == len(folders):
         for folder, split in splits.items():
@@ -97,8 +104,30 @@ def _of_folder(root: Path, endings: Collection[str]) -> Iterator[Video]:
                 yield Video(video.path, video.label, split=split, group=str(video.path))
         return
     for file in videos_under(root, endings):
+        if not file.is_file():
+            yield _of_member(file)
+            continue
         inside = file.relative_to(root).parts
         yield Video(file, inside[0] if len(inside) > 1 else "", group=str(file))
+
+
+def _of_member(path: Path) -> Video:
+    """A video in a tar: its sample's .json says what a list's line would; a tar called train-0001.tar, the split."""
+    tar = tar_of(path)
+    assert tar is not None
+    row = facts_of(path)
+    where = tar / f"{path.stem}.json"
+    start, end = (_seconds(where, 1, key, row.get(key)) for key in ("start", "end"))
+    if end is not None and end <= (start or 0):
+        raise DataError(f"{where}: end {end} must be later than start {start or 0}")
+    split = str(row.get("split") or "").strip().lower()
+    if split and split not in _NAMES:
+        raise DataError(f"{where}: split '{split}' is none of train, val and test")
+    named = re.match(r"[a-z]+", tar.stem.lower())
+    part = _NAMES.get(split or (named[0] if named else ""))
+    label = row.get("label")
+    group = str(row.get("group") or "").strip() or str(path)
+    return Video(path, "" if label is None else str(label).strip(), start or 0.0, end, part, group)
 
 
 def _of_list(source: Path) -> Iterator[Video]:
