@@ -98,8 +98,14 @@ TASKS = [name for name in options("experiment") if name.startswith("recall/")]
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_experiment_makes_rows_that_its_model_can_read(name: str) -> None:
-    house = compose([f"experiment={name}"], hardware="cpu").house
+def test_every_experiment_makes_rows_that_its_model_can_read(name: str, tmp_path: Path) -> None:
+    (tmp_path / "qa1.json").write_text(
+        '[{"input": "Ann is in the hall.", "question": "Where is Ann?", "target": "hall"}]'
+    )
+    (tmp_path / "basic_train.tsv").write_text("Source\tTarget\n[MAX 1 2 ]\t2\n")
+    own = {"recall/babilong": tmp_path / "qa1.json", "recall/arena": tmp_path}  # those of files that users have
+    more = [f"data.generator.init_args.path={own[name]}"] if name in own else []
+    house = compose([f"experiment={name}", *more], hardware="cpu").house
     given = {key: value for key, value in house["data"].items() if key != "class_path"}
     node = given.pop("generator")
     import seqlong.datamodules.synthetic as synthetic
