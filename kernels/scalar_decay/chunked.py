@@ -51,10 +51,11 @@ def _make_block(
     qc, kc = (_chunked(x.to(work), chunk).transpose(2, 3).contiguous() for x in (q, k))
     vc = _chunked(v.to(work), chunk)
     vc = vc.unflatten(3, (groups, -1)).transpose(2, 3).contiguous()
-    # A sum that held -1e6 would have no digits left for the tokens after it; e^floor is zero in the type of sums.
+    # A sum that held -1e6 would have no digits left for the tokens after it; e^floor is zero in the type of sums. Sums
+    # and their differences are in float64: gates that forget much would cost those after them digits else.
     floor = -111.0 if kept == torch.float32 else -746.0
     gc = _chunked(log_decay.to(kept).clamp(min=floor), chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)
-    total = gc.cumsum(dim=-1)
+    total = gc.cumsum(dim=-1, dtype=torch.float64)
     end = total[..., -1:]
     mask = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
     if starts is None:
@@ -64,8 +65,8 @@ def _make_block(
         mask = mask & (segment[..., :, None] == segment[..., None, :])[:, :, None, None]
         before_any = (segment == 0)[:, :, None, None]
         same_as_end = (segment == segment[..., -1:])[:, :, None, None]
-    within = (total[..., :, None] - total[..., None, :]).masked_fill_(~mask, -torch.inf).exp_()
-    enter, leave, carry = total.exp(), (end - total).exp(), end.exp()
+    within = (total[..., :, None] - total[..., None, :]).to(kept).masked_fill_(~mask, -torch.inf).exp_()
+    enter, leave, carry = (x.to(kept).exp() for x in (total, end - total, end))
     if before_any is not None and same_as_end is not None:
         enter, leave = enter * before_any, leave * same_as_end
         carry = carry * before_any[..., -1:]
