@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from seqlong.errors import ConfigError
 #: Files that a process keeps open, so that a clip goes on where the one before ended.
 OPEN_FILES = 8
 _INHERITED: list[object] = []
+# Nor may a collection in a child free readers that the parent has let go of but not yet freed.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 @dataclass
