@@ -136,7 +136,7 @@ def test_the_command_learns_and_writes(tmp_path: Path, monkeypatch, capsys) -> N
     truth, values = zip(
         *((letters[pos - 1] in "AT", value[0]) for (pos, _), value in said.items() if pos < 300), strict=True
     )
-    assert auroc(truth, values) > 0.9  # REF's state is in the difference
+    assert auroc(np.array(truth), np.array(values)) > 0.9  # REF's state is in the difference
     assert len(list((tmp_path / "cache" / "variants").glob("*.npy"))) == 1
     # The same labels from a table: the same predictions, from states that are kept.
     rows = [(r.pos, r.ref, r.alts[0], r.info.get("K")) for r in records if r.info.get("K")]
@@ -153,7 +153,7 @@ def test_the_command_learns_and_writes(tmp_path: Path, monkeypatch, capsys) -> N
     for flags, complaint in (
         (["--label", "L=bad"], "no such INFO field; it has K, CADD"),
         (["--label", "K=worse"], "all 108 labelled alleles are not damaging"),
-        (["--label", "K=bad", "--folds", "60"], "fold 1 of 60 has"),
+        (["--label", "K=bad", "--folds", "60"], r"fold \d+ of 60 has"),
         (["--label", "effect=bad", "--labels", str(path)], "v.vcf:1: expected columns chrom, pos, ref, alt and effect"),
         ([], "give --label FIELD=BAD to learn from labels, or --head"),
     ):
