@@ -5,7 +5,7 @@ changes little, and its ratio to Mamba2's, which is measured in the same process
 of its own. What takes longer than the limit is ended and reported as more than that many times Mamba2. A benchmark
 that was stopped goes on where it was.
 
-    seqlong bench mixers                                  about 20 minutes of one core
+    seqlong bench mixers                                  all; --limit ends slow ones sooner or later
     seqlong bench mixers --only "GLA;KDA" --tokens 2048   prints, and writes no files
 """
 

@@ -4,10 +4,12 @@ Multi-query associative recall (arXiv 2312.04927): rows of 256 tokens begin with
 and ask for each key once more. Models have width 64, no feed-forward and two blocks; hybrids 3:1 and 7:1 have four and
 eight, and stand beside the linear mixer alone at four. One model a mixer and learning rate, since recurrent models
 learn in a narrow window of rates (arXiv 2508.19029), trained side by side on the same rows. The rate is chosen on
-validation rows; accuracies are of test rows.
+validation rows; accuracies are of test rows, with Wilson's 95 % intervals.
 
     seqlong bench mqar                               everything, a process a mixer, many at once
-    seqlong bench mqar --minutes 6 --log FILE        what does not get all its steps is said so by name
+    seqlong bench mqar --minutes 6 --log FILE        what does not get all its steps is said so by name; the same
+                                                     command again goes on with the models that FILE lacks
+    seqlong bench mqar --small                       for a CPU: seven models, rows of 64, 4 and 8 pairs; writes mqar_small
     seqlong bench mqar --only "Mamba2;KDA" --rates 1e-3,1e-2
 """
 
@@ -38,9 +40,14 @@ import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from seqlong.bench import Row, main  # noqa: E402
+from seqlong.callbacks.recall_tally import wilson  # noqa: E402
 
 PREFIX = "@@"
 PEER = "Attention"
+#: ``--small``: what a CPU can afford, where the question is which of these solve it at all.
+SMALL = {"pairs": "4,8", "length": 64, "vocab_size": 64, "batch_size": 64, "steps": 1000, "minutes": 60.0}
+SMALL_MODELS = ["Attention", "DeltaNet", "GatedDeltaNet", "LinearAttention", "LinearAttention, 4 blocks",
+                "LinearAttention + attention 3:1", "Mamba2"]  # fmt: skip
 Found = dict[str, list[dict[str, Any]]]  # model -> one result a learning rate
 
 
@@ -82,13 +89,15 @@ def gather(
 ) -> Found:  # fmt: skip
     """Run one job a model, ``jobs`` at once, and share the time that is left among those that wait.
 
-    A job that fails with CUDA graphs is tried again without. One that fails then is named on stderr and left out.
+    Models that ``log`` has at these settings and rates are taken from there. A job that fails with CUDA graphs is tried
+    again without. One that fails then is named on stderr and left out.
     """
     waiting: Queue[tuple[str, bool]] = Queue()
+    found = load(log, setting, rates)
     for name in names:
-        waiting.put((name, graph))
+        if name not in found:
+            waiting.put((name, graph))
     deadline = time.monotonic() + 60 * minutes
-    found: Found = {}
     lock = threading.Lock()
 
     def work() -> None:
@@ -115,7 +124,8 @@ def gather(
                           f"{time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
                     if log is not None:
                         with log.open("a") as file:
-                            file.writelines(json.dumps({**one, "graph": recorded}) + "\n" for one in results)
+                            more = {"graph": recorded, "setting": asdict(setting)}
+                            file.writelines(json.dumps({**one, **more}) + "\n" for one in results)
                 else:
                     again = recorded and device == "cuda"
                     print(f"{name} failed{', tried again without CUDA graphs' if again else ''}: {why}",
@@ -129,6 +139,17 @@ def gather(
     for thread in threads:
         thread.join()
     return {name: found[name] for name in names if name in found}
+
+
+def load(log: Path | None, setting: Setting, rates: list[float]) -> Found:
+    """Models of ``log`` that were trained at ``setting`` and every one of ``rates``."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log is not None and log.is_file() else []
+    wanted = json.loads(json.dumps(asdict(setting)))
+    found: dict[str, dict[float, dict[str, Any]]] = {}
+    for one in lines:
+        if one.get("setting") == wanted and one["lr"] in rates:
+            found.setdefault(one["model"], {})[one["lr"]] = one
+    return {name: [by[rate] for rate in rates] for name, by in found.items() if len(by) == len(rates)}
 
 
 # --- what is reported -------------------------------------------------------------------------------------------------
@@ -150,6 +171,13 @@ def rows(found: Found, setting: Setting) -> Iterator[Row]:
             if name != PEER or attention is None:
                 label = name if not ours["late"] else f"{name} ({ours['steps']:,} of {setting.steps:,} steps)"
                 yield Row(label, what, ours["test"][place], "accuracy", PEER if attention else None, theirs)
+    for place, pairs in enumerate(setting.pairs):
+        for name, results in found.items():
+            share = best(results)["test"][place]
+            low, high = wilson(round(share * setting.eval_rows * pairs), setting.eval_rows * pairs)
+            for end, value in (("lower", low), ("upper", high)):
+                what = f"{end} end of Wilson's 95 % interval, {pairs} pairs, {setting.length} tokens"
+                yield Row(name, what, value, "accuracy")
     for name, results in found.items():
         kept = best(results)["state_bytes"] / 1024
         theirs = attention["state_bytes"] / 1024 if attention else None
@@ -164,9 +192,9 @@ def draw(found: Found, setting: Setting, figure: Figure) -> None:
     """Accuracy by pairs and by rate as tables of colour, and against the bytes of the state."""
     names = sorted(found, key=lambda name: -sum(best(found[name])["test"]))
     rates = sorted({one["lr"] for results in found.values() for one in results})
-    figure.set_size_inches(14, 1.8 + max(0.27 * len(names), 3.2))
+    figure.set_size_inches(18, 1.8 + max(0.27 * len(names), 3.2))
     figure.set_facecolor("white")
-    left, middle, right = figure.subplots(1, 3, width_ratios=[1.0, 1.0, 2.1])
+    left, middle, right, below = figure.subplots(1, 4, width_ratios=[1.0, 1.0, 1.7, 1.5])
     by_pairs = [best(found[name])["test"] for name in names]
     at = {name: {one["lr"]: sum(one["test"]) / len(one["test"]) for one in found[name]} for name in names}
     by_rate = [[at[name].get(rate, float("nan")) for rate in rates] for name in names]
@@ -200,9 +228,19 @@ def draw(found: Found, setting: Setting, figure: Figure) -> None:
     right.set_ylim(-0.05, 1.08)
     right.set_title(f"accuracy at {setting.pairs[-1]} pairs against KiB of state, all blocks", fontsize=9.5, loc="left")
     right.grid(color="#e4e7ea", linewidth=0.7)
-    for axis in (left, middle, right):
+    every = max(1, setting.steps // 20)  # steps between two points of a curve
+    for name in names[:6] + names[6:][-2:]:
+        curve = best(found[name])["curve"]
+        below.plot([every * (place + 1) for place in range(len(curve))], curve, linewidth=1.4, label=name)
+    below.axhline(setting.chance, color="#5d6772", linewidth=0.8, linestyle="--")
+    below.set_ylim(-0.05, 1.08)
+    below.set_title("validation accuracy by step, best rate" + (", 6 best and 2 last" if len(names) > 8 else ""),
+                    fontsize=9.5, loc="left")  # fmt: skip
+    below.grid(color="#e4e7ea", linewidth=0.7)
+    below.legend(fontsize=7, frameon=False)
+    for axis in (left, middle, right, below):
         for side in ("top", "right", "bottom", "left"):
-            axis.spines[side].set_visible(axis is right and side in ("bottom", "left"))
+            axis.spines[side].set_visible(axis in (right, below) and side in ("bottom", "left"))
     figure.suptitle(
         f"Multi-query associative recall: rows of {setting.length} tokens, width {setting.width}, "
         f"at most {setting.steps:,} steps of {setting.batch_size} rows",
@@ -214,6 +252,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=lambda text: [part.strip() for part in text.split(";")],
                         help="models, separated by ;")  # fmt: skip
+    parser.add_argument(
+        "--small", action="store_true", help="settings for a CPU, and fewer models: a result of its own"
+    )
     parser.add_argument("--minutes", type=float, default=30, help="for all models together")
     # A recorded step needs little of a core, but all of the GPU's attention: more processes than cores are welcome.
     at_once = len(os.sched_getaffinity(0)) * (2 if torch.cuda.is_available() else 1)
@@ -227,6 +268,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--log", type=Path, help="append every result, one JSON a line")
     parser.add_argument("--list", action="store_true", help="name the models and stop")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    if parser.parse_known_args()[0].small:
+        parser.set_defaults(**SMALL)
     return parser.parse_args()
 
 
@@ -237,7 +280,7 @@ def _main() -> None:
     known = list(models())
     if given.list:
         return print("\n".join(known))
-    names = given.only or known
+    names = given.only or (SMALL_MODELS if given.small else known)
     if unknown := [name for name in names if name not in known]:
         sys.exit(f"no model is named {unknown[0]!r}; there are: {'; '.join(known)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -250,7 +293,7 @@ def _main() -> None:
     names = sorted(names, key=lambda name: -len(models()[name][0]))
     rates = [float(rate) for rate in given.rates.split(",")]
     found = gather(names, setting, rates, device, given.jobs, given.minutes, not given.no_graph, given.log)
-    main("mqar", rows(found, setting), lambda _, figure: draw(found, setting, figure))
+    main("mqar_small" if given.small else "mqar", rows(found, setting), lambda _, figure: draw(found, setting, figure))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""The kernel benchmark marks a wrong contender, survives a broken one, and counts what it says."""
+"""Benchmarks mark what is wrong, survive what breaks, go on where they were, and count what they say."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from seqlong import mixers
 from seqlong.datamodules.synthetic import MQAR
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -149,6 +152,97 @@ def test_recall_benchmark_trains_and_reports_every_rate(monkeypatch: pytest.Monk
     made = list(mqar.rows(found, setting))
     assert [row.name for row in made if row.metric.startswith("accuracy, 2 pairs")] == ["chance", "DeltaNet"]
     assert sum(row.metric == "mean accuracy by learning rate" for row in made) == 4
+    intervals = [row for row in made if "Wilson" in row.metric]
+    for low, high in zip(intervals[::2], intervals[1::2], strict=True):
+        share = mqar.best(found[low.name])["test"][0]
+        assert low.name == high.name and low.value < share < high.value < low.value + 0.2
+
+
+def test_recall_benchmark_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recall, mqar = _script("_recall", monkeypatch), _script("mqar", monkeypatch)
+    setting, rates, log, started = recall.Setting((2,), 16), [1e-3, 1e-2], tmp_path / "log", []
+
+    def run(job: dict[str, Any], patience: float) -> tuple[list[dict[str, Any]], str]:
+        started.append(job["model"])
+        return [{"model": job["model"], "lr": rate, "validation": 0.5, "test": [0.5], "steps": 1} for rate in rates], ""
+
+    monkeypatch.setattr(mqar, "_run", run)
+    mqar.gather(["Attention"], setting, rates, "cpu", 1, 1.0, False, log)
+    found = mqar.gather(["Attention", "KDA"], setting, rates, "cpu", 1, 1.0, False, log)
+    assert started == ["Attention", "KDA"] and list(found) == ["Attention", "KDA"]
+    assert mqar.load(log, recall.Setting((2,), 32), rates) == {} == mqar.load(log, setting, [3e-3, 1e-2])
+
+
+def test_cost_of_mixers_knows_every_mixer_and_measures_more_for_more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = _script("_mixer_cost", monkeypatch)
+    known = cost.factories(64)
+    made = {type(make(64)).__name__ for make in known.values()}
+    kinds = (getattr(mixers, name) for name in mixers.__all__)
+    wanted = {kind.__name__ for kind in kinds if isinstance(kind, type) and issubclass(kind, mixers.Mixer)}
+    assert made == wanted - {"Mixer"}
+    for name in ("GatedMemoryUnit", "SharedAttention", "Parallel"):
+        one = cost.Pass(known[name], 64, 40)
+        one.run()
+        assert one.hidden.grad is not None and one.hidden.grad.abs().sum() > 0
+
+
+def test_cost_of_mixers_is_a_ratio_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bench = _script("mixers", monkeypatch)
+    given = argparse.Namespace(width=64, limit=20.0, tokens=[2048, 131072], repeats=1)
+    log, started = tmp_path / "log", []
+
+    def run(name: str, given: argparse.Namespace, tokens: list[int]) -> Iterator[dict[str, Any]]:
+        for length in tokens:
+            started.append((name, length))
+            same = {"mixer": name, "width": 64, "tokens": length, "limit": 20.0}
+            slow = name == "Attention" and length > 2048
+            times = {"failed": "more than 20 s of CPU"} if slow else {"cpu_s": 6.0, "reference_cpu_s": 4.0}
+            yield {**same, **times}
+
+    monkeypatch.setattr(bench, "run", run)
+    bench.gather(["Mamba2"], given, log)
+    found = bench.gather(["Mamba2", "Attention"], given, log)
+    assert len(started) == len(set(started)) == len(found) == 4
+    values = {row.name: row.value for row in bench.rows(found) if "131,072" in row.metric}
+    late = next(name for name in values if name.startswith("Attention"))
+    assert values["Mamba2"] == 1.5 and "at least" in late and values[late] == pytest.approx(20 / 6)
+    bench.draw(found, Figure())
+
+
+def test_a_mixer_that_takes_too_long_is_ended_by_the_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bench = _script("mixers", monkeypatch)
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import resource\n"
+        'print(\'@@{"mixer": "GLA", "tokens": 1}\', flush=True)\n'
+        "resource.setrlimit(resource.RLIMIT_CPU, (1, resource.RLIM_INFINITY))\n"
+        "while True: pass\n"
+    )
+    monkeypatch.setattr(bench, "__file__", str(script))
+    given = argparse.Namespace(width=64, limit=1.0, repeats=1)
+    first, second, third = bench.run("GLA", given, [1, 2, 3])
+    assert "failed" not in first and second["failed"] == "more than 1 s of CPU"
+    assert third["failed"].startswith("not tried: fewer tokens took more than 1 s")
+
+
+def test_contract_tells_passed_from_failed_and_from_laws_that_do_not_apply(tmp_path: Path) -> None:
+    """A process of its own, as the command starts one: shapes are checked from the first import on."""
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('contract', {str(FOLDER / 'contract.py')!r})\n"
+        "contract = importlib.util.module_from_spec(spec); spec.loader.exec_module(contract)\n"
+        "found = contract.collect('test_state_dict_is_strict and (retnet or latent_both_sides)')\n"
+        "assert not found.failed, found.failed\n"
+        "found.cells['retnet']['test_one_token_at_a_time_is_the_whole'] = ['passed', 'failed']\n"
+        "import json; print(json.dumps(contract.rows(found)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    rows = {(row["name"], row["metric"]): row for row in json.loads(done.stdout.splitlines()[-1])}
+    assert {name for name, _ in rows} == {"retnet", "latent_both_sides"}
+    assert rows["latent_both_sides", "state dict"]["value"] == rows["latent_both_sides", "state dict"]["tests"] == 1
+    broken = rows["retnet", "decode = whole"]
+    assert (broken["value"], broken["failed"], broken["tests"]) == (1, 1, 2)
+    assert ("latent_both_sides", "decode = whole") not in rows
 
 
 def test_experts_of_every_contender_are_the_same_layer(monkeypatch: pytest.MonkeyPatch) -> None:
