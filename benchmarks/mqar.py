@@ -9,7 +9,7 @@ validation rows; accuracies are of test rows, with Wilson's 95 % intervals.
     seqlong bench mqar                               everything, a process a mixer, many at once
     seqlong bench mqar --minutes 6 --log FILE        what does not get all its steps is said so by name; the same
                                                      command again goes on with the models that FILE lacks
-    seqlong bench mqar --small                       for a CPU: seven models, rows of 64, 4 and 8 pairs; writes mqar_small
+    seqlong bench mqar --small                       for a CPU: seven models, rows of 64; writes mqar_small
     seqlong bench mqar --only "Mamba2;KDA" --rates 1e-3,1e-2
 """
 
