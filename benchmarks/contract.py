@@ -86,8 +86,9 @@ class Collector:
             self.failed.append((report.nodeid.split("::")[-1], said[-1] if said else ""))
         if law == COMPILED:
             done = {value for key, value in report.user_properties if key == "compiled"}
-            for one in self.mixers:
-                self.cells[one][law] = ["passed" if one in done else "failed"]
+            missing = [one for one in self.mixers if one not in done]
+            for one in self.mixers:  # in their order, until one fails: those behind it were not reached
+                self.cells[one][law] = ["passed" if one in done else "failed" if one == missing[0] else "skipped"]
         elif law in LAWS and name:
             self.cells[name].setdefault(law, []).append(report.outcome)
         else:
@@ -177,7 +178,7 @@ def draw(found: Collector, figure: Any, said: str) -> None:
             bad, passed = outcomes.count("failed"), outcomes.count("passed")
             colour = "#f4f5f6" if not outcomes else "#c4322b" if bad else "#2f8f57" if passed else "#d9a400"
             axis.barh(y, 0.94, height=0.88, left=x - 0.47, color=colour)
-            text = f"{bad} failed" if bad else str(passed) if outcomes else ""
+            text = f"{bad} failed" if bad else str(passed) if passed else "not run" if outcomes else ""
             axis.text(x, y, text, ha="center", va="center", fontsize=6.5, color="white")
     axis.set_yticks(range(len(found.cells)), list(found.cells), fontsize=7.5)
     axis.set_xticks(range(len(laws)), [LAWS[law] for law in laws], fontsize=8, rotation=40, ha="left")

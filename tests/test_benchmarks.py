@@ -245,6 +245,20 @@ def test_contract_tells_passed_from_failed_and_from_laws_that_do_not_apply(tmp_p
     assert ("latent_both_sides", "decode = whole") not in rows
 
 
+def test_contract_blames_only_the_mixer_at_which_the_compiler_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    contract = _script("contract", monkeypatch)
+    found = contract.Collector()
+    found.mixers, found.cells = ["a", "b", "c"], {name: {} for name in "abc"}
+    found._named["id"] = (contract.COMPILED, None)
+    report = argparse.Namespace(
+        nodeid="id", failed=True, skipped=False, when="call", longreprtext="why", user_properties=[("compiled", "a")]
+    )
+    found.pytest_runtest_logreport(report)
+    assert [found.cells[name][contract.COMPILED] for name in "abc"] == [["passed"], ["failed"], ["skipped"]]
+    assert found.failed == [("id", "why")]
+    contract.draw(found, Figure(), "")
+
+
 def test_experts_of_every_contender_are_the_same_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     moe = _script("moe", monkeypatch)
     made = list(moe.rows([moe.Shape(8, 2, 24, 64, 16)], torch.device("cpu"), 1, ["chunked"]))
