@@ -36,6 +36,8 @@ def test_rows_are_headed_by_their_tag(targets: str, tmp_path: Path) -> None:
     made = data(tmp_path, targets=targets)
     assert made.tag_ids == {"at": 9, "cg": 10}
     assert made.vocabulary.size == 16 and made.vocabulary.letters[9:12] == ("<at>", "<cg>", "<reserved-11>")
+    for part in made.split.regions.values():  # a small genome is not held out as a whole
+        assert {int(made.owner[region.contig]) for region in part} == {0, 1}
     heads: Counter[int] = Counter()
     rows = 0
     for batch in [*islice(made.train_dataloader(), 40), *made.val_dataloader()]:

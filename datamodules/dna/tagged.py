@@ -17,7 +17,7 @@ from seqlong.datamodules.dna.alphabet import BOS, DnaVocabulary, N
 from seqlong.datamodules.dna.assemble import Targets, assemble
 from seqlong.datamodules.dna.datamodule import GenomeData
 from seqlong.datamodules.dna.genome import Genome
-from seqlong.datamodules.dna.splits import Splitter
+from seqlong.datamodules.dna.splits import NAMES, BlockSplit, Region, Split, Splitter
 from seqlong.datamodules.dna.windows import EvaluationWindows, Piece, Rows, ShortRecords, TrainingWindows
 from seqlong.datamodules.mixture import Mixture
 from seqlong.datamodules.sampler import BatchRequest, Stage, coin
@@ -66,7 +66,8 @@ class TaggedGenomes(GenomeData):
         batch_size: rows in a batch over all ranks, without ``stages``.
         stages: a length warm-up; see GenomeData.
         targets: ``next`` for causal models, ``same`` for masked ones.
-        split: how train, validation and test are told apart; null is BlockSplit, one tenth each for the last two.
+        split: how train, validation and test are told apart; null is BlockSplit of each tag by itself, one tenth each
+            for the last two.
         reverse_complement: probability that a training window is read from the other strand, 0 to 1.
         soft_mask_weight: weight of a lower-case base in the training loss.
         short_records: regions shorter than a window: ``pack``, ``pad``, ``skip`` or ``error``.
@@ -110,6 +111,7 @@ class TaggedGenomes(GenomeData):
             reverse_complement, soft_mask_weight, short_records, circular, eval_length, eval_batch_size, seed, workers,
             cache_dir,
         )  # fmt: skip
+        self._apart = split is None
         weights = [source.weight for source in genomes.values()]
         if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
             raise ConfigError("data.genomes: some tags have a weight and some have none; give all of them one, or none")
@@ -124,6 +126,20 @@ class TaggedGenomes(GenomeData):
         """The tag of each contig, by number."""
         stores = np.repeat(np.arange(len(self.tags)), self._files)
         return np.repeat(stores, [len(store.contigs) for store in self.genome.stores])
+
+    @property
+    def split(self) -> Split:
+        """The regions of train, validation and test; without a setting, each tag has its own, however small it is."""
+        if self._split is None and self._apart:
+            regions: dict[str, list[Region]] = {name: [] for name in NAMES}
+            store = first = 0
+            for count in self._files:
+                own = Genome(self.genome.stores[store : store + count])
+                for name, found in BlockSplit().split(own).regions.items():
+                    regions[name] += [region._replace(contig=region.contig + first) for region in found]
+                store, first = store + count, first + len(own.contigs)
+            self._split = Split(regions, {"kind": "by blocks, each tag by itself", "validation": 0.1, "test": 0.1})
+        return super().split
 
     @property
     def tag_ids(self) -> dict[str, int]:
