@@ -1,6 +1,7 @@
 """Tasks: what a model is trained for. Loss, metrics and optimiser; they know nothing of files."""
 
 from seqlong.tasks.base import SequenceTask
+from seqlong.tasks.base_labels import BaseLabelling
 from seqlong.tasks.causal_lm import CausalLM
 from seqlong.tasks.classification import SequenceClassification
 from seqlong.tasks.masked_lm import MaskedLM
@@ -13,6 +14,7 @@ from seqlong.tasks.video_regression import VideoRegression
 from seqlong.tasks.video_tokenizer import VideoTokenizer
 
 __all__ = [
+    "BaseLabelling",
     "CausalLM",
     "MaskedLM",
     "MaskedVideo",

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from seqlong.datamodules.dna.alphabet import BASE_TABLE, translate
+from seqlong.datamodules.dna.genome import Genome
 from seqlong.datamodules.dna.splits import Region
 from seqlong.datamodules.dna.tracks_values import Tracks
 from seqlong.tracks import correlations, deviance
@@ -102,7 +103,7 @@ def _features(tracks: Tracks, regions: Sequence[Region], unit: Tensor) -> tuple[
         values = tracks.bins(*piece)
         kept = np.flatnonzero(~np.isnan(values).all(axis=1))
         if len(kept):
-            rows.append(_composition(tracks, piece, kept))
+            rows.append(_composition(tracks.genome, tracks.size, piece, kept))
             truths.append(values[kept])
     if not rows:
         width = _width(tracks.size)
@@ -115,14 +116,14 @@ def _width(size: int) -> int:
     return words + (4 * (2 * PLACES + 1) if size == 1 else 0)
 
 
-def _composition(tracks: Tracks, piece: Region, kept: NDArray[np.int64]) -> NDArray[np.float32]:
+def _composition(genome: Genome, size: int, piece: Region, kept: NDArray[np.int64]) -> NDArray[np.float32]:
     """``(n f)`` features of bins ``kept`` of a piece."""
-    contig, size = tracks.genome.contigs[piece.contig], tracks.size
+    contig = genome.contigs[piece.contig]
     margin = REACHES[-1]
     low, high = piece.start - margin, piece.stop + margin
     if not contig.circular:
         low, high = max(low, 0), min(high, contig.length)
-    letters = translate(tracks.genome.read(piece.contig, low, high), BASE_TABLE).astype(np.int64)
+    letters = translate(genome.read(piece.contig, low, high), BASE_TABLE).astype(np.int64)
     begin = piece.start - low + kept * size
     parts = []
     for k in range(1, LONGEST + 1):

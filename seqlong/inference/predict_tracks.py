@@ -16,6 +16,7 @@ from torch import Tensor
 from seqlong import runs
 from seqlong.datamodules.dna.tracks_values import Squash
 from seqlong.inference.embed import _bins_table
+from seqlong.inference.label_bed import write_bed
 from seqlong.inference.model import Model
 from seqlong.inference.passes import Piece, Plan, Values, _margins, clean, fill
 from seqlong.inference.strands import Strand, tokens_of
@@ -116,7 +117,7 @@ def _tokens(strand: Strand, start: int, stop: int) -> Tensor:
 
 
 def predict_tracks(model: Model, plan: Plan, output: Path) -> list[Path]:
-    """Write the predicted tracks of what ``plan`` reads: a bigWig each, or one ``.npy`` of all.
+    """Write the predicted tracks of what ``plan`` reads: a bigWig each, one ``.npy`` of all, or the labels as BED.
 
     Returns:
         The files: ``output``, or with several tracks ``NAME.track.bw``.
@@ -131,6 +132,9 @@ def predict_tracks(model: Model, plan: Plan, output: Path) -> list[Path]:
     if output.suffix == ".npy":
         runs.atomic_write(output.with_name(output.name.removesuffix(".npy") + ".bins.tsv"), _bins_table(plan))
         os.replace(unfinished, output)
+        written = [output]
+    elif output.suffix == ".bed":
+        write_bed(plan, values, names, output)
         written = [output]
     else:
         targets = [output] if len(names) == 1 else [_named(output, name) for name in names]

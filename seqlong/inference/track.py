@@ -23,7 +23,8 @@ log = logging.getLogger("seqlong")
 
 HELP = """Writes ln p of every base (nats, at most 0; -1.386 is guessing): of causal models given all bases before it,
 the mean of both strands; of masked models given those around it. Of a model that was trained on tracks
-(experiment=dna/tracks) it writes what it predicts, in their units and bins: a file for each track.
+(experiment=dna/tracks) it writes what it predicts, in their units and bins: a file for each track. Of one of labels of
+bases (experiment=dna/genes) the probability of each, or with .bed the stretches of likeliest labels.
 
 Contigs are read whole, in parts, with the state carried: exactly what one pass gives, in the memory of one part. There
 is no value where a base is not known (N). A command that was stopped goes on where it was when it is given again."""
@@ -41,20 +42,22 @@ def command(words: Sequence[str]) -> int:
     parser = Parser("track", HELP, EXAMPLES)
     parser.add_argument("sequences", nargs="+", metavar="FASTA", help="FASTA or GenBank, plain, gzip or bgzip")
     parser.add_model()
-    parser.add_argument("--output", required=True, metavar="FILE", help=".bw, or .npy (NaN where there is no value)")
+    parser.add_argument("--output", required=True, metavar="FILE", help=".bw, .npy (NaN: no value), .bed of labels")
     parser.add_argument("--strands", choices=("forward", "both"), default="both", help="which to read")
     parser.add_argument("--contigs", nargs="+", metavar="NAME", help="these only")
     parser.add_argument("--chunk", type=integer, help="bases to read at once; 32,768, on a GPU 262,144")
     given = parser.parse_args(list(words))
     output = Path(given.output)
-    if output.suffix not in (".bw", ".bigwig", ".bigWig", ".npy"):
-        raise ConfigError(f"--output is '{output}'; expected a name that ends in .bw or .npy")
-    if output.suffix != ".npy":
+    if output.suffix not in (".bw", ".bigwig", ".bigWig", ".npy", ".bed"):
+        raise ConfigError(f"--output is '{output}'; expected a name that ends in .bw or .npy, or .bed for labels")
+    if output.suffix not in (".npy", ".bed"):
         _bigwig()
     model = open_model(given)
     require_bases(model, "track")
+    if output.suffix == ".bed" and model.kind != "BaseLabelling":
+        raise ConfigError(f"--output is '{output}', but only labels of bases are written as .bed; take .bw or .npy")
     genome = Genome.open(given.sequences)
-    if model.kind == "TrackPrediction":
+    if model.kind in ("TrackPrediction", "BaseLabelling"):
         every = int(model.task.bin)
         chunk = chunk_of(model, given.chunk, every)
         predict_tracks(model, Plan(genome, chosen(genome, given.contigs), every, chunk), output)
