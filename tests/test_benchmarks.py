@@ -173,7 +173,7 @@ def test_recall_benchmark_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, 
     assert mqar.load(log, recall.Setting((2,), 32), rates) == {} == mqar.load(log, setting, [3e-3, 1e-2])
 
 
-def test_cost_of_mixers_knows_every_mixer_and_measures_more_for_more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cost_of_mixers_knows_every_mixer(monkeypatch: pytest.MonkeyPatch) -> None:
     cost = _script("_mixer_cost", monkeypatch)
     known = cost.factories(64)
     made = {type(make(64)).__name__ for make in known.values()}
