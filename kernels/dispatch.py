@@ -38,6 +38,20 @@ class Choice:
     reason: str
 
 
+def demanded() -> str:
+    """What ``SEQLONG_KERNELS`` asks for; nothing if it is not set.
+
+    Raises:
+        ConfigError: it names what no op has.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted and wanted not in KNOWN:
+        raise ConfigError(
+            f"{VARIABLE}={wanted} names no implementation{nearest(wanted, KNOWN) or '.'} It may be {', '.join(KNOWN)}"
+        )
+    return wanted
+
+
 def choose(op: str, offered: dict[str, str], preferred: str, forced: str | None = None) -> Choice:
     """Choose an implementation of ``op``.
 
@@ -56,15 +70,12 @@ def choose(op: str, offered: dict[str, str], preferred: str, forced: str | None 
         if forced not in offered:
             raise ValueError(f"{op} has no implementation '{forced}'; it has {', '.join(sorted(offered))}")
         return Choice(forced, "asked for by the caller")
-    wanted = os.environ.get(VARIABLE, "")
+    wanted, unheard = demanded(), False
     if wanted and wanted in offered:
         choice = Choice(wanted, f"{VARIABLE}={wanted}")
-    elif wanted and wanted not in KNOWN:
-        raise ConfigError(
-            f"{VARIABLE}={wanted} names no implementation{nearest(wanted, KNOWN) or '.'} It may be {', '.join(KNOWN)}"
-        )
     elif wanted:
         choice = Choice(preferred, f"{offered[preferred]}; {VARIABLE}={wanted} cannot be used by this op here")
+        unheard = True
     else:
         choice = Choice(preferred, offered[preferred])
     if torch.compiler.is_compiling():
@@ -72,7 +83,9 @@ def choose(op: str, offered: dict[str, str], preferred: str, forced: str | None 
     key = (op, choice.implementation, choice.reason)
     if key not in _announced:
         _announced.add(key)
-        log.info("%s runs as %s: %s", op, choice.implementation, choice.reason)
+        log.log(
+            logging.WARNING if unheard else logging.INFO, "%s runs as %s: %s", op, choice.implementation, choice.reason
+        )
     return choice
 
 

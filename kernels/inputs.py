@@ -9,34 +9,76 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
-def said(x: Tensor) -> str:
+def said(x: object) -> str:
     """Shape and type, as messages have them."""
+    if not isinstance(x, Tensor):
+        return "None" if x is None else f"a {type(x).__name__}"
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+
+def needed(op: str, inputs: Mapping[str, object]) -> None:
+    """Inputs by name that no call can leave out."""
+    for name, x in inputs.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{op} needs {name}, a tensor, found {said(x)}")
 
 
 def four_axes(op: str, inputs: Mapping[str, Tensor | None]) -> None:
     """Inputs by name, ``(batch, time, heads, width)`` each; a caller reads sizes off their axes next."""
     for name, x in inputs.items():
-        if x is not None and (x.dim() != 4 or not x.is_floating_point()):
+        if x is not None and not (isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()):
             raise ValueError(f"{op} needs {name} with four axes and a floating type, found {said(x)}")
 
 
 def shaped(op: str, expected: Mapping[str, tuple[Tensor | None, Sequence[int]]]) -> None:
     """Inputs by name, each with the shape that it must have."""
     for name, (x, shape) in expected.items():
-        if x is not None and tuple(x.shape) != tuple(shape):
+        if x is not None and not (isinstance(x, Tensor) and tuple(x.shape) == tuple(shape)):
             raise ValueError(f"{op} needs {name} of shape {tuple(shape)}, found {said(x)}")
 
 
 def token_marks(op: str, inputs: Mapping[str, Tensor | None], shape: Sequence[int]) -> None:
     """Marks of tokens by name, ``starts`` and ``padding``: of this shape, and of type bool."""
-    shaped(op, {name: (x, shape) for name, x in inputs.items()})
     for name, x in inputs.items():
-        if x is not None and x.dtype != torch.bool:
-            raise ValueError(f"{op} needs {name} of type bool, found {x.dtype}")
+        if x is not None and not (isinstance(x, Tensor) and x.dtype == torch.bool):
+            raise ValueError(
+                f"{op} needs {name} of type bool, one mark a token, found {said(x)}; seqlong.kernels.starts_of makes "
+                "starts of offsets"
+            )
+    shaped(op, {name: (x, shape) for name, x in inputs.items()})
+
+
+def floating(op: str, inputs: Mapping[str, Tensor | None]) -> None:
+    """Inputs by name, of any shape: whole numbers would be rounded on the way."""
+    for name, x in inputs.items():
+        if x is not None and not (isinstance(x, Tensor) and x.is_floating_point()):
+            raise ValueError(f"{op} needs {name} of a floating type, found {said(x)}")
+
+
+def starts_of(offsets: Int[Tensor, "s"], length: int) -> Bool[Tensor, "1 t"]:
+    """Where the segments of one row start, as ops take it, from the offsets that other packages take (``cu_seqlens``).
+
+    Args:
+        offsets: 0, and the position behind each segment's last; two that are equal are an empty segment.
+        length: positions in the row, the last offset.
+
+    Raises:
+        ValueError: offsets that fall, that do not begin at 0 or do not end at ``length``, or that are no whole numbers.
+    """
+    needed("starts_of", {"offsets": offsets})
+    if offsets.dim() != 1 or offsets.is_floating_point() or offsets.dtype == torch.bool or not offsets.numel():
+        raise ValueError(f"starts_of needs offsets, whole numbers in one row, found {said(offsets)}")
+    first, last, falls = int(offsets[0]), int(offsets[-1]), bool((offsets.diff() < 0).any())
+    if first != 0 or last != length or falls:
+        what = "they fall somewhere" if falls else f"found {first:,} to {last:,}"
+        raise ValueError(f"starts_of needs offsets that rise from 0 to the row's length {length:,}, {what}")
+    starts = torch.zeros(1, length + 1, dtype=torch.bool, device=offsets.device)
+    starts[0, offsets.long()] = True
+    return starts[:, :-1]
 
 
 def heads_of_groups(op: str, heads: int, groups: int) -> None:

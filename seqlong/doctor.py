@@ -96,6 +96,7 @@ def command(arguments: Sequence[str]) -> int:
             raise SeqlongError(f"there is no op '{op}'{nearest(op, probes.PROBES) or f'; there are: {known}'}")
     if given.json in probes.PROBES:
         raise SeqlongError(f"--json takes the path of a file: seqlong doctor {given.json} --json report.json")
+    dispatch.demanded()
     device = _device(given.device)
     chosen = [probe for probe in probes.PROBES.values() if probes.function(probe) is not None or probe.op in given.ops]
     chosen = [probe for probe in chosen if not given.ops or probe.op in given.ops]

@@ -182,7 +182,7 @@ def _config(hidden: Tensor, classes: int) -> tuple[tuple[int, int], str | None]:
     return (int(config["block"]), int(config["warps"])), None
 
 
-def check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> None:
+def check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, chunk: int = 0) -> None:
     """Raise a ValueError that names what does not fit, what was expected and what was found."""
     if hidden.dim() != 3 or weight.dim() != 2:
         raise ValueError(
@@ -196,6 +196,13 @@ def check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None =
     shaped("linear_cross_entropy", expected)
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(f"linear_cross_entropy needs targets of integers, found {said(targets)}")
+    if not weight.shape[0] or chunk < 0:
+        raise ValueError(f"linear_cross_entropy needs classes, and chunk of 0 or more, found {said(weight)}, {chunk}")
+    # On a GPU looking would wait for it: a target that is no class gives NaN there.
+    if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
+        most = int(targets.max())
+        if most >= weight.shape[0]:
+            raise ValueError(f"linear_cross_entropy needs targets below {weight.shape[0]} classes, found {most}")
 
 
 def linear_cross_entropy(
@@ -225,7 +232,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes or types do not fit, or the implementation asked for cannot serve these inputs.
     """
-    check(hidden, weight, targets, bias)
+    check(hidden, weight, targets, bias, chunk)
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and weight.shape[0] > SMALL and hidden.dtype == torch.float32:
         hidden = hidden.to(torch.get_autocast_dtype(device))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from seqlong.kernels.inputs import four_axes, heads_of_groups, one_type, shaped, token_marks
+from seqlong.kernels.inputs import four_axes, heads_of_groups, needed, one_type, shaped, token_marks
 
 #: What becomes of beta before it is used, in the order in which ops know them by number.
 BETA = ("none", "sigmoid", "double_sigmoid")
@@ -30,6 +30,7 @@ def check(
     initial_state: Tensor | None = None,
 ) -> None:
     """Raise a ValueError that names the argument, what was found and what was expected; shapes as in the README."""
+    needed(op, {"q": q, "k": k, "v": v, "beta": beta})
     four_axes(op, {"q": q, "k": k, "v": v})
     (rows, length, groups, width), (heads, value_width) = q.shape, v.shape[2:]
     heads_of_groups(op, heads, groups)

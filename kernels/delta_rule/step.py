@@ -9,7 +9,7 @@ from torch import Tensor
 from seqlong.kernels.delta_rule.activations import log_decays, normalized, weights
 from seqlong.kernels.delta_rule.chunked import delta_rule_chunked
 from seqlong.kernels.delta_rule.inputs import BETA, check
-from seqlong.kernels.inputs import token_marks
+from seqlong.kernels.inputs import needed, token_marks
 from seqlong.kernels.precision import accumulation, as_written
 
 
@@ -45,6 +45,7 @@ def delta_rule_step(
 
     Source: arXiv 2406.06484, 2412.06464, 2510.26692.
     """
+    needed("delta_rule_step", {"state": state})
     check("delta_rule_step", q, k, v, beta, gate, beta_activation=beta_activation, gate_activation=gate_activation,
           rate=rate, gate_bias=gate_bias, starts=starts, initial_state=state)  # fmt: skip
     token_marks("delta_rule_step", {"padding": padding}, q.shape[:2])

@@ -10,7 +10,7 @@ from seqlong.kernels.dispatch import ALONG_A_ROW, choose_along_a_row
 from seqlong.kernels.dplr.chunked import dplr_chunked
 from seqlong.kernels.dplr.plan import PLANS, candidates
 from seqlong.kernels.dplr.reference import dplr_reference
-from seqlong.kernels.inputs import four_axes, shaped, token_marks
+from seqlong.kernels.inputs import four_axes, needed, shaped, token_marks
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
 
@@ -49,6 +49,7 @@ def check(
     marks: dict[str, Tensor | None],
 ) -> None:
     """Raise a ValueError that names the argument, what was found and what was expected."""
+    needed(op, {"q": q, "k": k, "v": v, "a": a, "b": b, "log_decay": log_decay})
     four_axes(op, {"q": q, "v": v})
     rows, length, heads, width = q.shape
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
@@ -155,6 +156,7 @@ def dplr_step(
 
     Source: arXiv 2503.14456.
     """
+    needed("dplr_step", {"state": state})
     check("dplr_step", q, k, v, a, b, log_decay, ("state", state), {"starts": starts, "padding": padding})
     if padding is not None:
         k, v, a, b, log_decay = (x.masked_fill(padding[:, :, None, None], 0) for x in (k, v, a, b, log_decay))

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqlong.kernels.dispatch import choose
-from seqlong.kernels.inputs import four_axes, heads_of_groups, said, shaped, token_marks
+from seqlong.kernels.inputs import four_axes, heads_of_groups, needed, said, shaped, token_marks
 from seqlong.kernels.log_linear.chunked import log_linear_chunked
 from seqlong.kernels.log_linear.levels import Fenwick, buckets
 from seqlong.kernels.log_linear.reference import log_linear_reference
@@ -31,6 +31,9 @@ def check(
     marks: dict[str, Tensor | None],
 ) -> None:
     """Raise a ValueError that names the argument, what was found and what was expected."""
+    needed(op, {"q": q, "k": k, "v": v, "log_decay": log_decay, "levels": levels})
+    if state is not None and not (isinstance(state, tuple) and len(state) == 2):
+        raise ValueError(f"{op} needs a state such as it returns, Fenwick(states, tokens), found {said(state)}")
     four_axes(op, {"q": q, "v": v, "levels": levels})
     (rows, length, groups, width), (heads, value_width) = q.shape, v.shape[2:]
     heads_of_groups(op, heads, groups)
@@ -135,6 +138,11 @@ def log_linear_step(
 
     Source: arXiv 2506.04761.
     """
+    if state is None:
+        raise ValueError(
+            "log_linear_step needs state, a Fenwick, found None; before the first token it is Fenwick of zeros "
+            "(b h buckets k v), and zeros (b) of int64, with buckets(levels.shape[3]) buckets"
+        )
     check("log_linear_step", q, k, v, log_decay, levels, beta, state, {"starts": starts, "padding": padding})
     if q.shape[1] != 1 and padding is None:
         return log_linear(

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqlong.kernels.dispatch import choose, without_triton
-from seqlong.kernels.inputs import shaped
+from seqlong.kernels.inputs import floating, shaped
 from seqlong.kernels.norm.reference import gated_rms_norm_reference, rms_norm_reference
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
@@ -40,6 +40,7 @@ def _offered(x: Tensor, width: int) -> tuple[dict[str, str], str]:
 
 def check(op: str, x: Tensor, weight: Tensor, gate: Tensor | None = None, groups: int = 1) -> None:
     """Raise a ValueError that names what does not fit, what was expected and what was found."""
+    floating(op, {"x": x, "weight": weight, "gate": gate})
     shaped(op, {"weight": (weight, x.shape[-1:]), "gate": (gate, x.shape)})
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"{op} needs a width divisible by groups, found {x.shape[-1]} and {groups} groups")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from seqlong.kernels.inputs import four_axes, heads_of_groups, one_type, shaped, token_marks
+from seqlong.kernels.inputs import four_axes, heads_of_groups, needed, one_type, shaped, token_marks
 
 
 def check(
@@ -32,6 +32,7 @@ def check(
         initial_state: ``(b h k v)``.
         per_head: more arguments ``(h)``.
     """
+    needed(op, dict((q, k, v, gate)))
     four_axes(op, dict((q, k, v)))
     (rows, length, groups, width), (heads, value_width) = q[1].shape, v[1].shape[2:]
     heads_of_groups(op, heads, groups)

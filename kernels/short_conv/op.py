@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqlong.kernels.dispatch import choose, without_triton
-from seqlong.kernels.inputs import said, shaped, token_marks
+from seqlong.kernels.inputs import floating, said, shaped, token_marks
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
 from seqlong.kernels.short_conv.reference import short_conv_reference
@@ -170,6 +170,7 @@ def check(
     """Raise a ValueError that names what does not fit, what was expected and what was found."""
     if x.dim() != 3 or weight.dim() != 2 or not weight.shape[1]:
         raise ValueError(f"short_conv needs x (b t d) and weight (d w) with a tap, found {said(x)}, {said(weight)}")
+    floating("short_conv", {"x": x, "weight": weight, "bias": bias, "state": state})
     rows, length, width = x.shape
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "weight": (weight, (width, weight.shape[1])),
@@ -178,6 +179,13 @@ def check(
         "lengths": (lengths, (rows,)),
     }
     shaped("short_conv", expected)
+    if lengths is not None and (lengths.is_floating_point() or lengths.dtype == torch.bool):
+        raise ValueError(f"short_conv needs lengths in whole numbers, found {said(lengths)}")
+    # On a GPU looking would wait for it.
+    if lengths is not None and lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
+        least, most = lengths.aminmax()
+        if least < 0 or most > length:
+            raise ValueError(f"short_conv needs lengths from 0 to {length}, found {int(least)} to {int(most)}")
     token_marks("short_conv", {"starts": starts}, (rows, length))
 
 

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from seqlong.kernels.inputs import four_axes, one_type, shaped, token_marks
+from seqlong.kernels.inputs import four_axes, needed, one_type, shaped, token_marks
 
 #: How a gate becomes a decay; ``gates.py`` has the formulas.
 ACTIVATIONS = ("log_decay", "logsigmoid", "lower_bound")
@@ -41,6 +41,7 @@ def check(
     if bounded != (k is None):
         wanted = "makes k itself: pass k=None" if bounded else "needs k, found None"
         raise ValueError(f"{op} with activation '{activation}' {wanted}")
+    needed(op, {"q": q, "v": v, "gate": gate})
     four_axes(op, {"q": q, "k": k, "v": v, "gate": gate})
     (rows, length, heads, width), value_width = q.shape, v.shape[3]
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from seqlong.kernels.dispatch import choose
-from seqlong.kernels.inputs import token_marks
+from seqlong.kernels.inputs import needed, token_marks
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.vector_decay.gates import activated
 from seqlong.kernels.vector_decay.inputs import check
@@ -48,6 +48,7 @@ def vector_decay_step(
 
     Source: arXiv 2312.06635, 2404.07904, 2404.05892.
     """
+    needed("vector_decay_step", {"state": state})
     check("vector_decay_step", q, k, v, gate, activation, divisor, lower_bound=lower_bound, bonus=bonus, starts=starts,
           initial_state=state)  # fmt: skip
     token_marks("vector_decay_step", {"padding": padding}, q.shape[:2])

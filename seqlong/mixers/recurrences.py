@@ -45,9 +45,7 @@ def scalar_decay(
     if not _one_token(v, initial_state):
         return scalars.scalar_decay(q, k, v, log_decay, starts=starts, initial_state=initial_state)
     assert initial_state is not None
-    q, k = (x if x.shape[2] == v.shape[2] else x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
-    gate = log_decay.expand(v.shape[:3])[..., None].expand(q.shape)
-    return vectors.vector_decay_step(q, k, v, gate, initial_state, starts=starts)
+    return scalars.scalar_decay_step(q, k, v, log_decay, initial_state, starts=starts)
 
 
 def vector_decay(
