@@ -1,14 +1,15 @@
 """Video: clips on one core against torchcodec and torchvision's way, and training steps on whole videos.
 
 A clip is 16 frames, scaled to a shorter side of 112, cropped to 112 x 112 and made into float patches of 2 x 16 x 16;
-clips a second are of CPU time, so that one core is meant whatever else runs. torchcodec decodes exactly, with one thread,
-and its frames are scaled by torch. torchvision's way is that of its ``read_video``, up to 0.25: PyAV decodes every frame
-from the clip's first to its last, all are stacked in full size, those wanted are taken and scaled. Peers are measured
-where they can be imported; torchcodec needs FFmpeg on the system.
+clips a second are of CPU time, so that one core is meant whatever else runs. torchcodec decodes exactly, with one
+thread, and its frames are scaled by torch. torchvision's way is that of its ``read_video``, up to 0.25: PyAV decodes
+every frame from the clip's first to its last, all are stacked in full size, those wanted are taken and scaled.
+Peers are measured where they can be imported; torchcodec needs FFmpeg on the system.
 
-With a GPU, training steps of a hybrid (7 Mamba2 to 1 attention) that predicts the next picture, on one row of patches of
-512 frames of a real file, 256 x 512 pixels: 131,072 patches of 2 x 16 x 16, or 524,288 of 2 x 8 x 8. Its peer is pure
-attention of the same size (torch's own). float32 weights under bfloat16 autocast; blocks are computed again backward.
+With a GPU, training steps of a hybrid (7 Mamba2 to 1 attention) that predicts the next picture, on one row of patches
+of 512 frames of a real file, 256 x 512 pixels: 131,072 patches of 2 x 16 x 16, or 524,288 of 2 x 8 x 8. Its peer is
+pure attention of the same size (torch's own). float32 weights under bfloat16 autocast; blocks are computed again
+backward.
 
     seqlong bench video --data ../shared/data/video
     seqlong bench video --data my/clips --parts decode

@@ -70,10 +70,10 @@ def choose(op: str, offered: dict[str, str], preferred: str, forced: str | None 
         if forced not in offered:
             raise ValueError(f"{op} has no implementation '{forced}'; it has {', '.join(sorted(offered))}")
         return Choice(forced, "asked for by the caller")
-    wanted, unheard = demanded(), False
+    wanted, unheard = os.environ.get(VARIABLE, ""), False
     if wanted and wanted in offered:
         choice = Choice(wanted, f"{VARIABLE}={wanted}")
-    elif wanted:
+    elif demanded():
         choice = Choice(preferred, f"{offered[preferred]}; {VARIABLE}={wanted} cannot be used by this op here")
         unheard = True
     else:

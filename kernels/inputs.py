@@ -20,6 +20,11 @@ def said(x: object) -> str:
     return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
 
+def is_here(x: Tensor) -> bool:
+    """Whether it has values to look at: not while a compiler or a fake mode traces."""
+    return type(x) is Tensor and not torch.compiler.is_compiling()
+
+
 def needed(op: str, inputs: Mapping[str, object]) -> None:
     """Inputs by name that no call can leave out."""
     for name, x in inputs.items():
@@ -44,12 +49,16 @@ def shaped(op: str, expected: Mapping[str, tuple[Tensor | None, Sequence[int]]])
 def token_marks(op: str, inputs: Mapping[str, Tensor | None], shape: Sequence[int]) -> None:
     """Marks of tokens by name, ``starts`` and ``padding``: of this shape, and of type bool."""
     for name, x in inputs.items():
-        if x is not None and not (isinstance(x, Tensor) and x.dtype == torch.bool):
+        numbers = isinstance(x, Tensor) and not x.is_floating_point() and x.dtype != torch.bool
+        if x is not None and (numbers or not isinstance(x, Tensor)):
             raise ValueError(
                 f"{op} needs {name} of type bool, one mark a token, found {said(x)}; seqlong.kernels.starts_of makes "
                 "starts of offsets"
             )
     shaped(op, {name: (x, shape) for name, x in inputs.items()})
+    for name, x in inputs.items():
+        if x is not None and x.dtype != torch.bool:
+            raise ValueError(f"{op} needs {name} of type bool, found {x.dtype}")
 
 
 def floating(op: str, inputs: Mapping[str, Tensor | None]) -> None:

@@ -185,7 +185,7 @@ def test_what_is_forced_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     report = json.loads(capsys.readouterr().out)
     assert report["ops"][0]["runs_as"] == "reference"
     assert report["ops"][0]["reason"] == "SEQLONG_KERNELS=reference"
-    assert any(line.startswith("SEQLONG_KERNELS=reference forces") for line in report["advice"])
+    assert any(line.startswith("SEQLONG_KERNELS=reference is used") for line in report["advice"])
 
 
 def test_listening_leaves_dispatch_as_it_was() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from seqlong.kernels import tuning
 from seqlong.kernels.cross_entropy.reference import linear_cross_entropy_reference
 from seqlong.kernels.dispatch import choose, without_triton
-from seqlong.kernels.inputs import said, shaped
+from seqlong.kernels.inputs import is_here, said, shaped
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
 
@@ -199,7 +199,7 @@ def check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None =
     if not weight.shape[0] or chunk < 0:
         raise ValueError(f"linear_cross_entropy needs classes, and chunk of 0 or more, found {said(weight)}, {chunk}")
     # On a GPU looking would wait for it: a target that is no class gives NaN there.
-    if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
+    if targets.device.type == "cpu" and targets.numel() and is_here(targets):
         most = int(targets.max())
         if most >= weight.shape[0]:
             raise ValueError(f"linear_cross_entropy needs targets below {weight.shape[0]} classes, found {most}")

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqlong.kernels.dispatch import choose, without_triton
-from seqlong.kernels.inputs import floating, said, shaped, token_marks
+from seqlong.kernels.inputs import floating, is_here, said, shaped, token_marks
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
 from seqlong.kernels.short_conv.reference import short_conv_reference
@@ -182,7 +182,7 @@ def check(
     if lengths is not None and (lengths.is_floating_point() or lengths.dtype == torch.bool):
         raise ValueError(f"short_conv needs lengths in whole numbers, found {said(lengths)}")
     # On a GPU looking would wait for it.
-    if lengths is not None and lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
+    if lengths is not None and lengths.device.type == "cpu" and lengths.numel() and is_here(lengths):
         least, most = lengths.aminmax()
         if least < 0 or most > length:
             raise ValueError(f"short_conv needs lengths from 0 to {length}, found {int(least)} to {int(most)}")
