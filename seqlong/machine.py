@@ -106,9 +106,7 @@ def advise(device: torch.device, facts: Sequence[Fact]) -> list[str]:
     """What to install or do to be faster, or to get more."""
     said = []
     if forced := os.environ.get(dispatch.VARIABLE):
-        said.append(
-            f"{dispatch.VARIABLE}={forced} is used by the ops that can; unset it to let seqlong choose."
-        )
+        said.append(f"{dispatch.VARIABLE}={forced} is used by the ops that can; unset it to let seqlong choose.")
     if not torch.cuda.is_available():
         if _driver() and torch.version.cuda is None:
             said.append("There is a GPU, but this torch is built without CUDA: install one from pytorch.org that is.")
