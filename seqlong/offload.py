@@ -24,7 +24,7 @@ class HostMemory(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self, least: int = LEAST, everywhere: bool = False) -> None:
         self.least, self.everywhere = least, everywhere
-        self.kept: list[_Kept] = []
+        self.kept: list[Kept] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         super().__init__(self._put, self._get)
 
@@ -36,9 +36,13 @@ class HostMemory(torch.autograd.graph.saved_tensors_hooks):
         small = tensor.numel() * tensor.element_size() < self.least
         if small or (tensor.is_leaf and tensor.requires_grad) or not (tensor.is_cuda or self.everywhere):
             return tensor
-        kept = _Kept(tensor, len(self.kept), self._stream(tensor.device))
+        kept = self.keep(tensor, len(self.kept))
         self.kept.append(kept)
         return kept
+
+    def keep(self, tensor: Tensor, number: int) -> Kept:
+        """Begin to move a tensor."""
+        return Kept(tensor, number, self._stream(tensor.device))
 
     def _get(self, kept: Any) -> Tensor:
         if isinstance(kept, Tensor):
@@ -56,7 +60,7 @@ class HostMemory(torch.autograd.graph.saved_tensors_hooks):
         return self._streams[device]
 
 
-class _Kept:
+class Kept:
     """A tensor in the host's memory, and on its way there and back."""
 
     def __init__(self, tensor: Tensor, number: int, stream: torch.cuda.Stream | None) -> None:

@@ -23,6 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from seqlong import backbone
+from seqlong.offload import HostMemory, Kept
+
 #: torch's allocators hand out multiples of this.
 GRAIN = 512
 #: Kinds of operations: matrix products, softmax attention, kernels of ours in Triton, and the rest, which moves bytes.
@@ -208,7 +211,25 @@ def as_on_gpu(ledger: Ledger, processors: int) -> Iterator[None]:
             patch(JITFunction, "run", leave_out)
             patch(runtime, "INTERPRETED", True)  # "kernels run here, whatever the device"
         patch(FakeTensor, "is_cuda", True, create=True)
+        patch(backbone, "HostMemory", _Elsewhere)
         patch(FakeTensor, "data_ptr", lambda tensor: 0, create=True)
         patch(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=processors))
         patch(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         yield
+
+
+class _Elsewhere(HostMemory):
+    """What goes to the host's memory is not on the GPU, until it comes back."""
+
+    def keep(self, tensor: Tensor, number: int) -> Kept:
+        return _Gone(tensor, number)
+
+
+class _Gone(Kept):
+    def __init__(self, tensor: Tensor, number: int) -> None:
+        self.number, self.shape, self.dtype = number, tensor.shape, tensor.dtype
+        self.back, self.fetched, self.stream = None, False, None
+
+    def ask(self) -> None:
+        if self.back is None:
+            self.back = torch.empty(self.shape, dtype=self.dtype)
