@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +101,7 @@ def check(words: Sequence[str], lengths: Sequence[int] | None, rows: int | None,
             f"{row.length:,}", *_pair(row.predicted, row.measured, _mib),
             *_pair(row.saved_predicted, row.saved_measured, _mib), *_pair(row.expected, row.took, _ms),
         )  # fmt: skip
-    console = Console(highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     where = torch.cuda.get_device_name() if gpu else "this CPU"
     console.print(
         f"{planned.name}, {planned.rows} rows, {planned.precision}, checkpointing {planned.checkpointing}, {where}"
@@ -165,7 +168,7 @@ def _measure(job: Job, length: int, gpu: bool) -> tuple[float, float, float]:
 
 def _profiled(step: Callable[[], None]) -> tuple[float, float]:
     """The most bytes that a step takes beyond what there was, and what it holds when the last backward pass begins."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events: Any = profiled.profiler
     seen = sorted(
@@ -181,6 +184,20 @@ def _profiled(step: Callable[[], None]) -> tuple[float, float]:
             now += size
             highest = max(highest, now)
     return highest, kept
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on stderr: some releases of torch's profiler write there that they start and stop."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _continued(found: Estimate, lengths: Sequence[int], seconds: Sequence[float], length: int) -> float:

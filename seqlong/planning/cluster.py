@@ -49,7 +49,7 @@ class Exchange:
     """
 
     what: str
-    received: float
+    received: float | int
     times: int
     group: int
     paired: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from seqlong.errors import SeqlongError
 from seqlong.planning.ledger import KINDS
@@ -77,7 +77,7 @@ class Estimate:
         if not self.short.length < self.long.length:
             raise SeqlongError("an estimate needs two lengths, the shorter one first")
 
-    def memory(self, length: float) -> Memory:
+    def memory(self, length: float | int) -> Memory:
         """What rows of ``length`` tokens hold at the fullest moment of a step."""
         best: tuple[float, str] = (0.0, "")
         for part, moment in self.long.moments.items():
@@ -91,7 +91,7 @@ class Estimate:
         moments = self.long.standing - weights
         return Memory(weights, moments, gradients, kept, live - self.long.standing - gradients - kept, part)
 
-    def saved(self, length: float) -> float:
+    def saved(self, length: float | int) -> float:
         """Bytes that the forward pass of such rows leaves for the backward."""
         return self._line(self.short.kept, self.long.kept, length)
 
@@ -107,18 +107,18 @@ class Estimate:
             low, high = (middle, high) if self.memory(middle).peak <= room else (low, middle)
         return low
 
-    def flops(self, kind: str, length: float) -> float:
+    def flops(self, kind: str, length: float | int) -> float:
         """Of one kind, of a batch of rows of ``length`` tokens."""
         a, b = self.short.length, self.long.length
         one, two = self.short.flops[kind] / a, self.long.flops[kind] / b
         square = max(0.0, (two - one) / (b - a))
         return ((one if square == 0 else one - square * a) + square * length) * length
 
-    def moved(self, kind: str, length: float) -> float:
+    def moved(self, kind: str, length: float | int) -> float:
         """Bytes, of one kind."""
         return max(0.0, self._line(self.short.moved[kind], self.long.moved[kind], length))
 
-    def time(self, length: float, machine: Machine, reached: Reached, batches: int = 1) -> Time:
+    def time(self, length: float | int, machine: Machine, reached: Reached, batches: int = 1) -> Time:
         """Seconds of a step on one GPU.
 
         Args:
@@ -142,9 +142,9 @@ class Estimate:
             scale * calls * reached.call,
         )
 
-    def _line(self, first: float, second: float, length: float) -> float:
+    def _line(self, first: float | int, second: float | int, length: float | int) -> float:
         a, b = self.short.length, self.long.length
-        return first + (second - first) * (length - a) / (b - a)
+        return float(first + (second - first) * (length - a) / (b - a))
 
 
 def estimate(job: Job, processors: int, length: int | None = None) -> Estimate:
@@ -173,10 +173,3 @@ def estimate(job: Job, processors: int, length: int | None = None) -> Estimate:
 def room(machine: Machine, reached: Reached) -> float:
     """Bytes that tensors may take on a GPU."""
     return (machine.memory - reached.context) * GIB / (1 + reached.memory)
-
-
-def without_moments(memory: Memory, share: float) -> Memory:
-    """Memory where weights, moments and gradients are cut among GPUs (FSDP2): a ``share`` of each stays."""
-    return replace(
-        memory, weights=memory.weights * share, moments=memory.moments * share, gradients=memory.gradients * share
-    )

@@ -119,7 +119,7 @@ class Ledger(TorchDispatchMode):
 
     def launched(self, name: str, values: list[Any]) -> None:
         """A Triton kernel was to run."""
-        moved = sum(_bytes(x) for x in {id(v): v for v in values if isinstance(v, Tensor)}.values())
+        moved = sum((_bytes(x) for x in {id(v): v for v in values if isinstance(v, Tensor)}.values()), 0.0)
         self._note("kernels", name, 0.0, moved)
 
     def _add(self, tensor: Tensor) -> None:
@@ -153,7 +153,7 @@ class Ledger(TorchDispatchMode):
         if "attention" in name and "scaled_dot_product" in name:
             self._note("attention", name, _attention(name, func, args, kwargs), 0.0)
             return
-        moved = sum(_bytes(x) for x in given) + sum(_bytes(x) for x in made)
+        moved = sum((_bytes(x) for x in (*given, *made)), 0.0)
         if name.startswith("_fused_adam"):
             moved *= 7 / 4  # reads four tensors, writes three of them
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
@@ -206,9 +206,11 @@ def as_on_gpu(ledger: Ledger, processors: int) -> Iterator[None]:
             ledger.launched(getattr(kernel, "__name__", "kernel"), [*values, *named.values()])
 
         if runtime._INSTALLED:
+            from triton.runtime.interpreter import InterpretedFunction
             from triton.runtime.jit import JITFunction
 
-            patch(JITFunction, "run", leave_out)
+            for kind in (JITFunction, InterpretedFunction):
+                patch(kind, "run", leave_out)
             patch(runtime, "INTERPRETED", True)  # "kernels run here, whatever the device"
         patch(FakeTensor, "is_cuda", True, create=True)
         patch(backbone, "HostMemory", _Elsewhere)
