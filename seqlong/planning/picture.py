@@ -32,7 +32,7 @@ def draw(path: str, job: Job, rows: Sequence[Row], machine: Machine) -> None:
     speed.loglog(counts, [row.speed for row in rows], color="#1767b3", marker="o", label="predicted")
     for row in rows:
         speed.annotate(
-            f"{100 * row.efficiency:.0f} %" + ("" if row.fits else ", does not fit"), (row.gpus, row.speed),
+            f"{100 * row.efficiency:.1f} %" + ("" if row.fits else ", does not fit"), (row.gpus, row.speed),
             xytext=(4, -12), textcoords="offset points", fontsize=8, color="#14191f" if row.fits else "#b3261e",
         )  # fmt: skip
     speed.set_xticks(counts, [f"{count:,}" for count in counts], rotation=45, minor=False)
@@ -52,7 +52,7 @@ def draw(path: str, job: Job, rows: Sequence[Row], machine: Machine) -> None:
     share.set_xticks(places, [f"{count:,}" for count in counts], rotation=45)
     share.set_xlabel("GPUs")
     share.set_ylabel("share of a step")
-    share.legend(frameon=False, fontsize=8, loc="lower left")
+    share.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     figure.suptitle(f"{job.name}, rows of {job.length:,} tokens: predicted", fontsize=11, x=0.01, ha="left")
     try:
         figure.savefig(path, dpi=150)
