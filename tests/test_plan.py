@@ -157,6 +157,7 @@ def test_more_gpus(planned: tuple[Job, Estimate]) -> None:
     assert rows[0].efficiency == pytest.approx(1) and rows[0].seconds == found.time(4096, H100, REACHED).total
     assert [row.rows for row in rows] == [1, 1, 8, 32] and [row.servers for row in rows] == [1, 1, 2, 8]
     assert rows[1].memory.kept < rows[0].memory.kept
+    assert {row.bound for row in rows} == {"host"}  # 4,096 tokens are little for a GPU
     assert rows[3].memory.weights < rows[2].memory.weights < rows[1].memory.weights
     assert all(0 < row.efficiency <= 1 for row in rows)
     assert rows[3].waits["states"] == rows[1].waits["states"]

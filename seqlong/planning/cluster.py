@@ -80,7 +80,8 @@ class Row:
         servers: that hold them.
         rows: groups of GPUs, each with rows of its own.
         tokens: of a step.
-        compute: seconds that a GPU is busy.
+        compute: seconds that a GPU is busy, or waits for the host to say what is to be done.
+        hosted: whether it is the latter.
         waits: seconds that it waits, by purpose.
         hidden: seconds of travel behind the computation.
         memory: at the fullest moment.
@@ -93,6 +94,7 @@ class Row:
     rows: int
     tokens: int
     compute: float
+    hosted: bool
     waits: dict[str, float]
     hidden: float
     memory: Memory
@@ -120,7 +122,9 @@ class Row:
         if not self.fits:
             return "does not fit"
         name, seconds = max(self.waits.items(), key=lambda item: item[1], default=("", 0.0))
-        return "compute" if self.compute >= seconds else name
+        if self.compute < seconds:
+            return name
+        return "host" if self.hosted else "compute"
 
 
 class Cluster:
@@ -185,7 +189,8 @@ class Cluster:
         servers = math.ceil(gpus / self.machine.peers)
         fits = memory.peak <= room(self.machine, self.reached)
         return Row(
-            gpus, servers, groups, tokens * groups, compute, waits, hidden, memory, fits, tokens / alone.total
+            gpus, servers, groups, tokens * groups, compute, compute == alone.host, waits, hidden, memory, fits,
+            tokens / alone.total,
         )  # fmt: skip
 
     def exchanges(self, gpus: int) -> Iterator[Exchange]:
