@@ -12,6 +12,7 @@ not apply: a mixer that sees both sides has no future to hide and no state to ca
 from __future__ import annotations
 
 import argparse
+import os
 import importlib.util
 import shlex
 import sys
@@ -119,6 +120,7 @@ def collect(select: str | None = None, no_compile: bool = False, show: Any = Non
              "-o", "addopts=--import-mode=importlib"]  # fmt: skip
     words += ["-k", select] if select else []
     words += ["--deselect", f"tests/{TESTS.name}::{COMPILED}"] if no_compile else []
+    os.environ["SEQLONG_EVERY_VARIANT"] = "1"  # compile them all
     status = pytest.main(words, plugins=[found])
     if not found.mixers:
         sys.exit(f"pytest ran no law (status {int(status)}){f': nothing matches {select!r}' if select else ''}")

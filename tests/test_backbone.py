@@ -35,7 +35,7 @@ SIZES = {
     "linear_moe_2b": 2.32e9, "linear_moe_7b": 7.02e9, "minimax_01": 454.9e9, "gdn_h1": 1.32e9, "gdn_h2": 1.35e9,
     "kimi_linear": 48.8e9, "samba_421m": 0.42e9, "ring_mini_linear": 16.1e9,
     "griffin": 2.68e9, "bamba_9b": 9.25e9, "hunyuan_turbos": 558e9, "hydra": 1.61e9,
-    "sambay_3_8b": 3.85e9, "video_small": 0.163e6, "video_small_masked": 0.163e6,
+    "sambay_3_8b": 3.85e9, "video_codes": 0.708e6, "video_small": 0.163e6, "video_small_masked": 0.163e6,
 }  # fmt: skip
 
 

@@ -94,6 +94,10 @@ def test_impossible_classes(implementation: str) -> None:
 def test_a_class_that_does_not_exist_does_not_train_in_silence() -> None:
     hidden, weight, targets = draws(40)
     targets[1, 3] = 40
+    if DEVICE == "cpu":  # where looking costs nothing
+        with pytest.raises(ValueError, match="needs targets below 40 classes, found 40"):
+            linear_cross_entropy(hidden, weight, targets, implementation="triton")
+        return
     loss = linear_cross_entropy(hidden, weight, targets, implementation="triton")
     assert loss.isnan().sum() == 1 and loss[1, 3].isnan()
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from seqlong.cli import main
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 SHELL = {"console", "bash", "sh", "shell"}
@@ -200,11 +202,21 @@ def test_make_targets_exist(command: Command) -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in SHOWN if c.words[0] == "seqlong" and c.skipped], ids=str)
-def test_commands_that_are_not_run_compose(command: Command, place: Path) -> None:
+def test_commands_that_are_not_run_compose(
+    command: Command, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: another would import everything again."""
     arguments = composition(command.words)
     if arguments is None:
         pytest.skip(f"not run: {command.skipped}")
-    assert "class_path" in run(place, [program(), *arguments])
+    monkeypatch.chdir(place)
+    try:
+        status: object = main(arguments)
+    except SystemExit as end:
+        status = end.code
+    printed = capsys.readouterr()
+    assert not status, printed.err
+    assert "class_path" in printed.out
 
 
 @pytest.mark.parametrize("command", [c for c in SHOWN if c.words[0] == "seqlong" and not c.skipped], ids=str)

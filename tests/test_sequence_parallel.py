@@ -53,9 +53,7 @@ def spawn(ranks: int, folder: Path, names: list[str], passes: bool) -> dict[str,
 PASSED_ON = ["mamba2", "simple_gla", "gla", "gated_deltanet", "rwkv7", "mamba2_both_sides"]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "names", "passes"), [(2, NAMES[::5], False), (4, NAMES, False), (4, PASSED_ON, True)]
-)
+@pytest.mark.parametrize(("ranks", "names", "passes"), [(4, NAMES, False), (4, PASSED_ON, True)])
 def test_fragments_are_the_row(ranks: int, names: list[str], passes: bool, tmp_path: Path) -> None:
     """Also where states are passed from one to the next."""
     found = spawn(ranks, tmp_path, names, passes)
@@ -79,15 +77,17 @@ def losses(folder: Path) -> dict[tuple[str, int], float]:
 
 
 def test_runs_on_more_processes_are_the_run_on_one(tmp_path: Path) -> None:
-    """Rows and weights in parts, experts apart, tiles, steps of two batches; and going on with another strategy, degree
-    and number of processes from a checkpoint."""
+    """Rows in parts; then, from a checkpoint, weights too, experts apart, on other processes; tiles, steps of two
+    batches. What comes out are the weights and moments of one process."""
     command = [
         str(Path(sys.executable).with_name("seqlong")), "fit", "experiment=dna/demo", "data.length=128",
-        "data.batch_size=4", "trainer.accelerator=cpu", "trainer.accumulate_grad_batches=2",
+        "data.batch_size=4", "trainer.accelerator=cpu", "trainer.accumulate_grad_batches=2", "trainer.max_steps=3",
         "trainer.log_every_n_steps=1", "trainer.val_check_interval=2", "trainer.limit_val_batches=2",
         "model.backbone.mixers.m.class_path=seqlong.mixers.GatedDeltaNet", "~model.backbone.mixers.m.init_args",
         "model.backbone.ffn.class_path=seqlong.ffn.MoE", "model.backbone.checkpointing=tiled", "model.backbone.tile=48",
+        "trainer.callbacks.checkpoints.init_args.mode=max",  # bits fall: the checkpoint of step 1 is kept
     ]  # fmt: skip
+    rows = "{class_path: seqlong.parallel.strategy.SequenceParallel, init_args: {degree: 2}}"
     apart = "{class_path: seqlong.parallel.fully_shard.FullyShard, init_args: {degree: 2, expert_parallel: true}}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -97,18 +97,28 @@ def test_runs_on_more_processes_are_the_run_on_one(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
-    run("run.dir=one", "trainer.max_steps=3")
-    earlier = "trainer.callbacks.checkpoints.init_args.every_n_train_steps=2"
-    run("run.dir=many", "trainer.max_steps=2", "trainer.devices=4", f"trainer.strategy={apart}", earlier)
-    two = ["trainer.max_steps=3", "trainer.devices=2", f"--ckpt_path={tmp_path / 'many' / 'checkpoints' / 'last.ckpt'}"]
-    run("run.dir=rows", *two, "trainer.strategy=sequence_parallel")
-    run("run.dir=weights", *two, "trainer.strategy=seqlong_fsdp2")
-    one, many, rows, weights = (losses(tmp_path / name) for name in ("one", "many", "rows", "weights"))
-    assert set(many) == {key for key in one if key[1] <= 2} and set(rows) == set(weights)
-    assert {name for name, step in rows if step == 3} >= {"train/loss", "grad_norm"}
-    for found in (many, rows, weights):
+    run("run.dir=one")
+    run("run.dir=many", "trainer.devices=4", f"trainer.strategy={rows}")
+    (first,) = (tmp_path / "many" / "checkpoints").glob("best-1-*.ckpt")
+    run("run.dir=apart", "trainer.devices=2", f"trainer.strategy={apart}", f"--ckpt_path={first}")
+    one, many, more = (losses(tmp_path / name) for name in ("one", "many", "apart"))
+    assert set(many) == set(one) and set(more) == {key for key in one if key[1] > 1}
+    for found in (many, more):
         for key, value in found.items():
             assert value == pytest.approx(one[key], rel=1e-5, abs=2e-5), key
+    last = [torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("one", "apart")]
+    for expected, found in zip(*(tensors(x["state_dict"]) + tensors(x["optimizer_states"]) for x in last), strict=True):
+        # AdamW's first steps divide gradients near zero by themselves: single elements may differ more.
+        assert (found - expected).norm() <= 1e-3 * expected.norm() + 1e-6
+
+
+def tensors(value: object) -> list[Tensor]:
+    """All of them, in order."""
+    if isinstance(value, dict):
+        return [x for item in value.values() for x in tensors(item)]
+    if isinstance(value, list | tuple):
+        return [x for item in value for x in tensors(item)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def test_the_benchmark_runs_on_any_number_of_processes(tmp_path: Path) -> None:
