@@ -12,8 +12,8 @@ not apply: a mixer that sees both sides has no future to hide and no state to ca
 from __future__ import annotations
 
 import argparse
-import os
 import importlib.util
+import os
 import shlex
 import sys
 import time
