@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.distributed as dist
-from test_mixers import MIXERS, WIDTH
+from mixer_cases import MIXERS, WIDTH
 from torch import Tensor
 
 from seqlong.block import on_whole_rows

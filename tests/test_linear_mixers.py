@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_mixers import WIDTH, close, make, packed, plain, rows
+from mixer_cases import WIDTH, close, make, packed, plain, rows
 
 from seqlong.mixers import (
     GLA,
