@@ -15,7 +15,7 @@ from test_vector_decay import Case, agree, make
 
 from seqlong.kernels import runtime, tuning
 from seqlong.kernels.plans import power
-from seqlong.kernels.vector_decay import vector_decay
+from seqlong.kernels.vector_decay import composed, vector_decay
 
 # The interpreter computes what a mask then throws away: powers of the future, infinity times zero.
 pytestmark = [
@@ -102,6 +102,38 @@ def test_every_cut_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_bonus_reads_before_the_token_is_written(length: int, reverse: bool, given: bool) -> None:
+    case = make(2, length, 2, 16, 8, bonus=True, starts=0.2, reverse=reverse, dtype=torch.float32)
+    case.fixed["starts"][0, 0] = case.fixed["starts"][0, -1] = False
+    case.fixed["starts"][1, 0] = case.fixed["starts"][1, -1] = True
+    if not given:
+        del case.learned["initial_state"]
+    with cut(case, chunk=16, programs_per_sm=4):
+        found = case.results("triton")
+    agree(found, case.to(torch.float64).results("reference"), EXACT[torch.float32])
+
+
+@pytest.mark.parametrize("form", ["log_decay", "lower_bound"])
+def test_wide_heads_are_sums_and_rows_of_narrow_ones(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 by 24 as parts of 16, 16, 8 by 16, 8."""
+    monkeypatch.setattr(composed, "WIDEST", 16)
+    case = make(1, 20, 2, 40, 24, form=form, bonus=form == "log_decay", starts=0.1, dtype=torch.float32)
+    with cut(make(1, 1, 1, 16, 16, form=form, dtype=torch.float32), chunk=16):
+        found = case.results("triton")
+    agree(found, case.to(torch.float64).results("reference"), EXACT[torch.float32])
+
+
+def test_parts_of_a_width_are_even_and_whole() -> None:
+    for width in range(1, 700):
+        parts = composed.slices(width)
+        assert [i for part in parts for i in range(part.start, part.stop)] == list(range(width))
+        assert max(part.stop - part.start for part in parts) <= 128
+        assert all(part.start % 16 == 0 for part in parts)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
 def test_the_past_knows_nothing_of_the_future(reverse: bool) -> None:
     """Bit by bit from block to block of 8 tokens; inside one, later gates reach the rounding of what stands before."""
     case = make(1, 50, 1, 16, 16, reverse=reverse, dtype=torch.float32)
@@ -159,11 +191,10 @@ def test_the_op_keeps_its_promises() -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"bonus": True}, "no bonus"), ({"dtype": torch.float64}, "bfloat16 and float32"), ({"width": 130}, "up to 128")],
+    [({"dtype": torch.float64}, "bfloat16 and float32"), ({"length": 0}, "empty")],
 )
 def test_what_it_cannot_serve_is_said(options: dict[str, Any], said: str) -> None:
-    width = options.pop("width", 16)
-    case = make(1, 3, 1, width, 16, **{"dtype": torch.float32, **options})
+    case = make(1, options.pop("length", 3), 1, 16, 16, **{"dtype": torch.float32, **options})
     with pytest.raises(ValueError, match=said):
         case.run("triton")
     assert vector_decay.__module__ == "seqlong.kernels.vector_decay.op"

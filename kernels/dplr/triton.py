@@ -65,7 +65,7 @@ def _steps(inputs: list[Tensor], marks: Tensor, grad: Tensor | None, inverses: T
 def _walk(steps: list[Tensor], initial: Tensor | None, kept: Tensor, final: Tensor, call: _Call, adjoint: bool) -> None:
     tiles, plan = call.tiles, call.plan
     tile = min(plan.value_tile, tiles["VB"])
-    walk[(tiles["VB"] // tile, call.rows * call.heads)](
+    walk[(tiles["VB"] // tile * call.rows * call.heads,)](
         *steps, final if initial is None else initial.float().contiguous(), kept, final, call.chunks,
         **{name: tiles[name] for name in ("K", "V", "KB", "VB")}, BV=tile, INITIAL=initial is not None,
         ADJOINT=adjoint, **plan.launch("walk"),

@@ -197,8 +197,9 @@ def walk(turns, adds, carries, initial, states, final, N,
 
     ADJOINT holds the state as (v k), so that no sum is transposed; it is stored as (k v) all the same.
     """
-    iv = tl.program_id(0) * BV
-    index = tl.program_id(1).to(tl.int64)
+    tiles: tl.constexpr = VB // BV
+    iv = tl.program_id(0) % tiles * BV
+    index = (tl.program_id(0) // tiles).to(tl.int64)  # a row's head
     dk, dv = tl.arange(0, KB), iv + tl.arange(0, BV)
     type = adds.dtype.element_ty
     if ADJOINT:

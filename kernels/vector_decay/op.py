@@ -9,6 +9,7 @@ from torch import Tensor
 from seqlong.kernels.dispatch import ALONG_A_ROW, choose_along_a_row
 from seqlong.kernels.runtime import triton_runs_on
 from seqlong.kernels.vector_decay.chunked import vector_decay_chunked
+from seqlong.kernels.vector_decay.composed import run, slices
 from seqlong.kernels.vector_decay.inputs import check
 from seqlong.kernels.vector_decay.plan import PLANS, candidates
 from seqlong.kernels.vector_decay.reference import vector_decay_reference
@@ -16,11 +17,9 @@ from seqlong.kernels.vector_decay.reference import vector_decay_reference
 OFFERED = ALONG_A_ROW
 #: Configurations that `seqlong doctor --tune` measures, the default first.
 CANDIDATES = candidates()
-#: Widest heads that the Triton kernels hold on chip.
-WIDEST = 128
 
 
-def why_not_triton(q: Tensor, v: Tensor, gate: Tensor, bonus: Tensor | None) -> str | None:
+def why_not_triton(q: Tensor, v: Tensor, gate: Tensor) -> str | None:
     """None if the Triton kernels serve these inputs, else the reason why not."""
     reason = triton_runs_on(v.device)
     if reason is not None:
@@ -29,12 +28,19 @@ def why_not_triton(q: Tensor, v: Tensor, gate: Tensor, bonus: Tensor | None) -> 
         return f"Triton kernels are for bfloat16 and float32, not {q.dtype} with {v.dtype}"
     if gate.dtype not in (torch.bfloat16, torch.float32):
         return f"Triton kernels read gates in bfloat16 and float32, not {gate.dtype}"
-    if bonus is not None:
-        return "Triton kernels have no bonus"
-    if max(q.shape[3], v.shape[3]) > WIDEST:
-        return f"Triton kernels hold heads up to {WIDEST} wide, not {q.shape[3]} and {v.shape[3]}"
     if not v.numel() or not q.numel():
         return "an empty input"
+    return None
+
+
+def _no_plan(q: Tensor, v: Tensor, activation: str) -> str | None:
+    """Why there is no configuration for some part of these heads; None if there is one for each."""
+    bounded = activation == "lower_bound"
+    for columns in {x.stop - x.start: x for x in slices(v.shape[3])}.values():
+        for channels in {x.stop - x.start: x for x in slices(q.shape[3])}.values():
+            reason = PLANS.why_none(q[..., channels], v[..., columns], lower_bound=bounded)
+            if reason is not None:
+                return reason
     return None
 
 
@@ -84,13 +90,11 @@ def vector_decay(
     """
     check("vector_decay", q, k, v, gate, activation, divisor, lower_bound=lower_bound, bonus=bonus, starts=starts,
           initial_state=initial_state)  # fmt: skip
-    obstacle = why_not_triton(q, v, gate, bonus) or PLANS.why_none(q, v, lower_bound=activation == "lower_bound")
+    obstacle = why_not_triton(q, v, gate) or _no_plan(q, v, activation)
     choice = choose_along_a_row("vector_decay", v, obstacle, implementation)
-    if choice.implementation == "triton":
-        from seqlong.kernels.vector_decay.triton import run
-
-        return run(q, k, v, gate, activation, divisor, lower_bound, starts, initial_state, reverse)
     inputs = (q, k, v, gate, activation, divisor, lower_bound, bonus, starts, initial_state, reverse)
+    if choice.implementation == "triton":
+        return run(*inputs)
     if choice.implementation == "reference":
         return vector_decay_reference(*inputs)
     output, final, _ = vector_decay_chunked(*inputs)
