@@ -27,6 +27,8 @@ ALONG_A_ROW = {
 }
 #: Every name that some op gives an implementation: what ``SEQLONG_KERNELS`` may say.
 KNOWN = ("reference", "chunked", "triton", "grouped_mm", "sdpa", "varlen", "segments", "blocks", "gathered")
+#: How the text begins of an implementation that an op has and that cannot serve these inputs; the reason follows.
+NOT_HERE = "not here: "
 _announced: set[tuple[str, str, str]] = set()
 
 
@@ -57,21 +59,25 @@ def choose(op: str, offered: dict[str, str], preferred: str, forced: str | None 
 
     Args:
         op: name of the op, for the log.
-        offered: implementation -> why it would be chosen (or simply what it is).
+        offered: implementation -> why it would be chosen (or simply what it is), or ``NOT_HERE`` and why it cannot be.
         preferred: the one that the op's own rule prefers for these inputs.
         forced: the caller's demand; else ``SEQLONG_KERNELS`` is asked.
 
     Raises:
-        ValueError: the forced implementation does not exist for this op (caller's demand only; the environment
-            variable covers all ops, so an op that lacks the named one keeps its preferred one and says so).
+        ValueError: the forced implementation does not exist for this op, or cannot serve (caller's demand only; the
+            environment variable covers all ops, so an op that lacks the named one keeps its preferred one and says so).
         ConfigError: the environment variable names what no op has.
     """
     if forced is not None:
         if forced not in offered:
-            raise ValueError(f"{op} has no implementation '{forced}'; it has {', '.join(sorted(offered))}")
+            known = ", ".join(sorted(offered))
+            raise ValueError(f"{op} has no implementation '{forced}'; it has {known}{nearest(forced, offered)}")
+        if offered[forced].startswith(NOT_HERE):
+            name = "in Triton" if forced == "triton" else f"as {forced}"
+            raise ValueError(f"{op} cannot run {name}: {offered[forced].removeprefix(NOT_HERE)}")
         return Choice(forced, "asked for by the caller")
     wanted, unheard = os.environ.get(VARIABLE, ""), False
-    if wanted and wanted in offered:
+    if wanted and not offered.get(wanted, NOT_HERE).startswith(NOT_HERE):
         choice = Choice(wanted, f"{VARIABLE}={wanted}")
     elif demanded():
         choice = Choice(preferred, f"{offered[preferred]}; {VARIABLE}={wanted} cannot be used by this op here")
@@ -91,7 +97,7 @@ def choose(op: str, offered: dict[str, str], preferred: str, forced: str | None 
 
 def without_triton(offered: dict[str, str], obstacle: str) -> dict[str, str]:
     """What an op offers where its Triton kernels do not serve, and why they do not."""
-    return {"chunked": f"{offered['chunked']} ({obstacle})", "reference": offered["reference"]}
+    return {**offered, "chunked": f"{offered['chunked']} ({obstacle})", "triton": f"{NOT_HERE}{obstacle}"}
 
 
 def choose_along_a_row(op: str, v: Tensor, obstacle: str | None, forced: str | None = None) -> Choice:
@@ -110,6 +116,4 @@ def choose_along_a_row(op: str, v: Tensor, obstacle: str | None, forced: str | N
         # Tensor cores have no float32: plain torch, with tf32 or without as its user set it, is as good there.
         best = v.is_cuda and v.dtype != torch.float32
         return choose(op, ALONG_A_ROW, "triton" if best else "chunked", forced)
-    if forced == "triton":
-        raise ValueError(f"{op} cannot run in Triton: {obstacle}")
     return choose(op, without_triton(ALONG_A_ROW, obstacle), "chunked", forced)

@@ -1,7 +1,7 @@
 """What ops say of inputs that they cannot take, before anything is read: a kernel would read beyond one in silence.
 
-Each function raises a ValueError that names the op, the argument, what was expected and what was found. None is an
-optional argument that was left out.
+Each function raises a ValueError that names the op, the argument, what was expected and what was found, and wants its
+inputs on one device. None is an optional argument that was left out.
 """
 
 from __future__ import annotations
@@ -25,11 +25,26 @@ def is_here(x: Tensor) -> bool:
     return type(x) is Tensor and not torch.compiler.is_compiling()
 
 
+def one_device(op: str, inputs: Mapping[str, object]) -> None:
+    """Inputs by name, on one device, whichever it is: on ``meta`` beside others, results would be made of nothing."""
+    first: tuple[str, torch.device] | None = None
+    for name, x in inputs.items():
+        if not isinstance(x, Tensor):
+            continue
+        if first is None:
+            first = name, x.device
+        elif x.device != first[1]:
+            raise ValueError(
+                f"{op} needs all its inputs on one device, found {first[0]} on {first[1]} and {name} on {x.device}"
+            )
+
+
 def needed(op: str, inputs: Mapping[str, object]) -> None:
     """Inputs by name that no call can leave out."""
     for name, x in inputs.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{op} needs {name}, a tensor, found {said(x)}")
+    one_device(op, inputs)
 
 
 def four_axes(op: str, inputs: Mapping[str, Tensor | None]) -> None:
@@ -37,6 +52,7 @@ def four_axes(op: str, inputs: Mapping[str, Tensor | None]) -> None:
     for name, x in inputs.items():
         if x is not None and not (isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()):
             raise ValueError(f"{op} needs {name} with four axes and a floating type, found {said(x)}")
+    one_device(op, inputs)
 
 
 def shaped(op: str, expected: Mapping[str, tuple[Tensor | None, Sequence[int]]]) -> None:
@@ -44,10 +60,13 @@ def shaped(op: str, expected: Mapping[str, tuple[Tensor | None, Sequence[int]]])
     for name, (x, shape) in expected.items():
         if x is not None and not (isinstance(x, Tensor) and tuple(x.shape) == tuple(shape)):
             raise ValueError(f"{op} needs {name} of shape {tuple(shape)}, found {said(x)}")
+    one_device(op, {name: x for name, (x, _) in expected.items()})
 
 
-def token_marks(op: str, inputs: Mapping[str, Tensor | None], shape: Sequence[int]) -> None:
-    """Marks of tokens by name, ``starts`` and ``padding``: of this shape, and of type bool."""
+def token_marks(
+    op: str, inputs: Mapping[str, Tensor | None], shape: Sequence[int], beside: Mapping[str, Tensor] | None = None
+) -> None:
+    """Marks of tokens by name, ``starts`` and ``padding``: of this shape, of type bool, on the device of ``beside``."""
     for name, x in inputs.items():
         numbers = isinstance(x, Tensor) and not x.is_floating_point() and x.dtype != torch.bool
         if x is not None and (numbers or not isinstance(x, Tensor)):
@@ -59,6 +78,7 @@ def token_marks(op: str, inputs: Mapping[str, Tensor | None], shape: Sequence[in
     for name, x in inputs.items():
         if x is not None and x.dtype != torch.bool:
             raise ValueError(f"{op} needs {name} of type bool, found {x.dtype}")
+    one_device(op, {**(beside or {}), **inputs})
 
 
 def floating(op: str, inputs: Mapping[str, Tensor | None]) -> None:
@@ -66,6 +86,7 @@ def floating(op: str, inputs: Mapping[str, Tensor | None]) -> None:
     for name, x in inputs.items():
         if x is not None and not (isinstance(x, Tensor) and x.is_floating_point()):
             raise ValueError(f"{op} needs {name} of a floating type, found {said(x)}")
+    one_device(op, inputs)
 
 
 def starts_of(offsets: Int[Tensor, "s"], length: int) -> Bool[Tensor, "1 t"]:

@@ -53,9 +53,17 @@ class Plans(Generic[P]):
             raise RuntimeError(f"no configuration of {self.op}'s Triton kernels is right on this machine")
         return plan
 
-    def why_none(self, q: Tensor, v: Tensor, **flags: bool) -> str | None:
-        """None if there is a plan, else why not; a compiler can ask this, unlike the plan itself, while it traces."""
-        if _exists(self.op, v.dtype, power(q.shape[3]), power(v.shape[3]), v.device, tuple(flags.items())):
+    def why_none(self, q: Tensor, v: Tensor, widest: tuple[int, int] | None = None, **flags: bool) -> str | None:
+        """None if there is a plan, else why not; a compiler can ask this, unlike the plan itself, while it traces.
+
+        ``widest``: of q and v; wider ones are run in parts, for each of which there must be a plan.
+        """
+        width, value_width = int(q.shape[3]), int(v.shape[3])
+        tiles = {(power(width), power(value_width))}
+        if widest is not None:
+            widths, value_widths = parts(width, widest[0]), parts(value_width, widest[1])
+            tiles = {(power(x.stop - x.start), power(y.stop - y.start)) for x in widths for y in value_widths}
+        if all(_exists(self.op, v.dtype, *tile, v.device, tuple(flags.items())) for tile in sorted(tiles)):
             return None
         return "no configuration of the Triton kernels passed its check on this GPU"
 
@@ -94,6 +102,13 @@ def power(width: int | torch.SymInt) -> int:
     A compiler that traces symbols fixes the width here: kernels are compiled for one.
     """
     return max(16, 1 << (int(width) - 1).bit_length())
+
+
+def parts(width: int, widest: int) -> list[slice]:
+    """Even parts of a width, none wider than kernels hold, each but the last a multiple of 16."""
+    count = -(-width // widest)
+    each = -(-width // count // 16) * 16
+    return [slice(begin, min(begin + each, width)) for begin in range(0, width, each)]
 
 
 def processors(like: Tensor) -> int:

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from delta_cases import Case, agree, make
 
 from seqlong.kernels import runtime, tuning
+from seqlong.kernels.delta_rule import op
 from seqlong.kernels.plans import power
 
 # The interpreter computes what a mask then throws away: powers of the future, infinity times zero.
@@ -69,6 +70,9 @@ CASES: list[tuple[tuple[int, ...], dict[str, Any], dict[str, int]]] = [
     ((1, 130, 1, 1, 16, 40), {"kind": "channel", "gate": "slow", "beta": "two"}, {"programs_per_sm": 9}),
     ((2, 17, 1, 1, 16, 16), {"kind": "channel", "gate": "never", "state": False}, {}),
     ((1, 70, 1, 1, 16, 16), {"kind": "channel", "gate": "forgets", "dtype": torch.bfloat16}, {"programs_per_sm": 9}),
+    ((1, 66, 1, 2, 16, 16), {"kind": "channel", "raw": True, "starts": "random"}, {}),  # two heads of one group
+    ((1, 66, 1, 1, 200, 16), {"raw": True, "starts": "random"}, {"programs_per_sm": 9}),
+    ((1, 66, 1, 1, 256, 24), {"kind": "channel", "raw": True}, {"value_tile": 16}),
 ]
 
 
@@ -132,10 +136,16 @@ def test_without_gradients_nothing_is_kept_and_two_runs_are_equal(device: str) -
     assert torch.equal(output, first["output"]) and torch.equal(final, first["final state"])
 
 
+def test_wide_values_are_run_in_parts(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 columns as 16, 16, 8."""
+    monkeypatch.setattr(op, "WIDEST", (256, 16))
+    case = make(1, 70, 1, 2, 16, 40, raw=True, starts="random", dtype=kind_of(device), device=device)
+    agree(case.results("triton"), case.in_double().results("reference"), EXACT[case.learned["v"].dtype])
+
+
 def test_what_triton_cannot_serve_is_said() -> None:
-    case = make(1, 20, 1, 2, 16, 16, kind="channel", dtype=torch.float32)
     if runtime.triton_runs_on("cpu") is None:
-        with pytest.raises(ValueError, match="need queries and keys of each head's own"):
-            case.run("triton")
+        with pytest.raises(ValueError, match="keys up to 256 wide, not 257"):
+            make(1, 2, 1, 1, 257, 16, dtype=torch.float32).run("triton")
     with pytest.raises(ValueError, match="cannot run in Triton"):
         make(1, 20, 1, 1, 16, 16, dtype=torch.float64).run("triton")

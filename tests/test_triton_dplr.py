@@ -49,6 +49,7 @@ SIZES: list[tuple[tuple[int, ...], str, str, int, torch.dtype]] = [
     ((1, 33, 1, 64, 64), "rwkv7", "none", 32, torch.float32),
     ((1, 20, 1, 16, 16), "none", "every", 16, torch.float32),
     ((1, 66, 1, 16, 16), "usual", "some", 64, torch.float32),
+    ((1, 33, 1, 100, 128), "rwkv7", "some", 16, torch.float32),
     ((1, 35, 1, 64, 64), "rwkv7", "some", 32, torch.bfloat16),
     ((1, 33, 1, 16, 16), "none", "none", 32, torch.bfloat16),
 ]
@@ -107,8 +108,8 @@ def test_twice_is_the_same_bit_by_bit(device: str) -> None:
 
 
 def test_what_triton_cannot_serve_is_said() -> None:
-    inputs = draw(1, 5, 1, 65, 4, dtype=torch.float32)
-    for spoiled, said in ((inputs, "up to 64 wide"), (in_double(inputs), "bfloat16 and float32|triton")):
+    inputs = draw(1, 5, 1, 129, 4, dtype=torch.float32)
+    for spoiled, said in ((inputs, "up to 128 wide"), (in_double(inputs), "bfloat16 and float32|triton")):
         with pytest.raises(ValueError, match=f"cannot run in Triton: .*({said})"):
             dplr(**spoiled, implementation="triton")
 

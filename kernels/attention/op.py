@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from seqlong.kernels.attention.reference import attention_reference, first_of_segments, run_starts
-from seqlong.kernels.dispatch import choose
+from seqlong.kernels.dispatch import NOT_HERE, choose
 from seqlong.kernels.inputs import four_axes, heads_of_groups, shaped
 from seqlong.kernels.precision import accumulation
 
@@ -350,7 +350,8 @@ def attention(
         possible.insert(0, "varlen")
     if query_ids is None and window is None and slopes is None and (not cached or not causal or q.shape[1] == 1):
         possible.insert(0, "sdpa")
-    offered = {name: OFFERED[name] for name in possible}
+    offered = dict.fromkeys(OFFERED, f"{NOT_HERE}it does not serve this device, type, mask or cache")
+    offered |= {name: OFFERED[name] for name in possible}
     choice = choose("attention", offered, possible[0], implementation).implementation
     if choice == "reference":
         return attention_reference(q, k, v, causal, window, query_ids, key_ids, slopes, sinks, always)

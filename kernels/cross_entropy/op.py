@@ -189,6 +189,7 @@ def check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None =
             f"linear_cross_entropy needs hidden (b t d) and weight (y d), found {said(hidden)}, {said(weight)}"
         )
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "hidden": (hidden, tuple(hidden.shape)),
         "weight": (weight, (weight.shape[0], hidden.shape[2])),
         "targets": (targets, tuple(hidden.shape[:2])),
         "bias": (bias, (weight.shape[0],)),

@@ -56,7 +56,7 @@ def check(
         "initial_state": (initial_state, (rows, heads, width, value_width)),
     }
     shaped(op, expected)
-    token_marks(op, {"starts": starts}, (rows, length))
+    token_marks(op, {"starts": starts}, (rows, length), {"q": q})
 
 
 def one_of(op: str, name: str, value: str, known: Sequence[str]) -> None:

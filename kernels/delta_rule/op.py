@@ -12,28 +12,27 @@ from seqlong.kernels.delta_rule.inputs import BETA, check
 from seqlong.kernels.delta_rule.plan import PLANS, candidates
 from seqlong.kernels.delta_rule.reference import delta_rule_reference
 from seqlong.kernels.dispatch import ALONG_A_ROW, choose_along_a_row
+from seqlong.kernels.plans import parts
 from seqlong.kernels.runtime import triton_runs_on
 
 OFFERED = ALONG_A_ROW
 #: Configurations that `seqlong doctor --tune` measures, the default first.
 CANDIDATES = candidates()
-#: Widest keys and values that the Triton kernels hold on chip.
-WIDEST = (128, 256)
+#: Widest keys that the Triton kernels hold on chip, and values: wider ones are run in parts.
+WIDEST = (256, 256)
 
 
-def why_not_triton(q: Tensor, v: Tensor, gate: Tensor | None) -> str | None:
+def why_not_triton(q: Tensor, v: Tensor) -> str | None:
     """None if the Triton kernels serve these inputs, else the reason why not."""
     reason = triton_runs_on(v.device)
     if reason is not None:
         return reason
-    if gate is not None and gate.dim() == 4 and q.shape[2] != v.shape[2]:
-        return "Triton kernels with a gate a channel need queries and keys of each head's own"
     if v.dtype not in (torch.bfloat16, torch.float32) or q.dtype != v.dtype:
         return f"Triton kernels are for bfloat16 and float32, not {q.dtype} with {v.dtype}"
     if v.is_cuda and v.dtype == torch.float32:  # the interpreter has it, for tests
         return "float32 does not fit the registers of the Triton kernels"
-    if q.shape[3] > WIDEST[0] or v.shape[3] > WIDEST[1]:
-        return f"Triton kernels hold heads up to {WIDEST[0]} by {WIDEST[1]}, not {q.shape[3]} by {v.shape[3]}"
+    if q.shape[3] > WIDEST[0]:
+        return f"Triton kernels hold keys up to {WIDEST[0]} wide, not {q.shape[3]}"
     if not v.numel() or not q.numel():
         return "an empty input"
     return None
@@ -88,7 +87,7 @@ def delta_rule(
     """
     check("delta_rule", q, k, v, beta, gate, beta_activation=beta_activation, gate_activation=gate_activation,
           rate=rate, gate_bias=gate_bias, starts=starts, initial_state=initial_state)  # fmt: skip
-    obstacle = why_not_triton(q, v, gate) or PLANS.why_none(q, v, channels=gate is not None and gate.dim() == 4)
+    obstacle = why_not_triton(q, v) or PLANS.why_none(q, v, WIDEST, channels=gate is not None and gate.dim() == 4)
     choice = choose_along_a_row("delta_rule", v, obstacle, implementation)
     if choice.implementation == "reference":
         return delta_rule_reference(
@@ -134,4 +133,14 @@ def _triton(
         if starts is not None:
             decay = torch.zeros_like(weight) if decay is None else decay
             decay = decay.masked_fill(starts.view(*starts.shape, *[1] * (decay.dim() - 2)), SHUT)
-    return run(q, k, v, weight, decay, initial_state, normalize)
+    if decay is not None and decay.dim() == 4 and q.shape[2] != v.shape[2]:
+        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
+    # Columns of values do not mix.
+    results = [
+        run(q, k, v[..., part], weight, decay, None if initial_state is None else initial_state[..., part], normalize)
+        for part in parts(v.shape[3], WIDEST[1])
+    ]
+    if len(results) == 1:
+        return results[0]
+    outputs, finals = zip(*results, strict=True)
+    return torch.cat(outputs, dim=3), torch.cat(finals, dim=3)

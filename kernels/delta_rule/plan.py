@@ -45,6 +45,8 @@ def default(dtype: torch.dtype, k: int, v: int, channels: bool = False) -> Plan:
     if dtype == torch.float32:
         tile = min(v, 32 if k > 64 else 64)
         return Plan(value_tile=tile, states=41, forward=41, adjoint=41, keys=8)
+    if k > 128:
+        return Plan(value_tile=min(v, 32), prepare=8, products=8, states=81, forward=81, adjoint=81, keys=8)
     return Plan(value_tile=min(v, 64), states=41, forward=41, adjoint=41)
 
 

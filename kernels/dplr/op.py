@@ -17,7 +17,7 @@ from seqlong.kernels.runtime import triton_runs_on
 OFFERED = ALONG_A_ROW
 
 #: Widest heads that the Triton kernels hold on chip.
-WIDEST = 64
+WIDEST = 128
 #: Configurations that `seqlong doctor --tune` measures, the default first.
 CANDIDATES = candidates()
 

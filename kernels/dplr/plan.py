@@ -32,6 +32,8 @@ class Plan(Cut):
 
 def default(dtype: torch.dtype, k: int, v: int) -> Plan:
     """Safe on any GPU with 99 KiB of shared memory; k and v are the tiles of the widths."""
+    if max(k, v) > 64 and dtype != torch.float32:
+        return Plan(value_tile=min(v, 32), matrix_warps=8, output_warps=8, read_warps=8)
     return Plan(value_tile=min(v, 32), chunk=16 if dtype == torch.float32 else 32,
                 walk=41 if dtype == torch.float32 else 42)  # fmt: skip
 

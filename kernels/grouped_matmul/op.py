@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seqlong.kernels import tuning
-from seqlong.kernels.dispatch import choose
+from seqlong.kernels.dispatch import NOT_HERE, choose
 from seqlong.kernels.grouped_matmul.chunked import (
     is_one_kernel,
     outer_grouped,
@@ -192,14 +192,12 @@ def _choose(x: Tensor, weight: Tensor, implementation: str | None) -> tuple[str,
         lacking = "an empty input"
     if lacking is not None:
         reasons["grouped_mm"] = lacking
-    if implementation in reasons:
-        raise ValueError(f"grouped_matmul cannot run as {implementation}: {reasons[implementation]}")
-    offered = {name: text for name, text in OFFERED.items() if name not in reasons}
+    offered = {name: f"{NOT_HERE}{reasons[name]}" if name in reasons else text for name, text in OFFERED.items()}
     best = "chunked"
     if x.is_cuda:
         # float32 has no tensor cores but by torch's own setting, which one product a group obeys.
         wanted = ("triton",) * (x.dtype != torch.float32) + ("grouped_mm",) * is_one_kernel(x.device, x.dtype)
-        best = next((one for one in wanted if one in offered), "chunked")
+        best = next((one for one in wanted if one not in reasons), "chunked")
     if best == "chunked":
         offered["chunked"] += f" ({'; '.join(reasons.values())})"
     return choose("grouped_matmul", offered, best, implementation).implementation, config
@@ -239,6 +237,7 @@ def grouped_matmul(
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
+    one_device("grouped_matmul", {"x": x, "weight": weight, "ends": ends, "gather": gather, "scatter": scatter})
     rows = x.shape[0] * copies
     if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[1] or ends.shape != weight.shape[:1]:
         raise ValueError(

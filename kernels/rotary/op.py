@@ -42,7 +42,7 @@ def check(x: Tensor, positions: Tensor) -> None:
     four_axes("rotary", {"x": x})
     if x.shape[3] % 2:
         raise ValueError(f"rotary needs an even head width, found {x.shape[3]}")
-    shaped("rotary", {"positions": (positions, x.shape[:2])})
+    shaped("rotary", {"x": (x, x.shape), "positions": (positions, x.shape[:2])})
 
 
 def rotary(

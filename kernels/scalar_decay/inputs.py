@@ -45,4 +45,4 @@ def check(
         "initial_state": (initial_state, (rows, heads, width, value_width)),
     }
     shaped(op, expected)
-    token_marks(op, {"starts": starts}, (rows, length))
+    token_marks(op, {"starts": starts}, (rows, length), dict((q,)))

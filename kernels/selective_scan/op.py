@@ -7,7 +7,7 @@ from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 from seqlong.kernels.dispatch import choose
-from seqlong.kernels.inputs import token_marks
+from seqlong.kernels.inputs import one_device, token_marks
 from seqlong.kernels.precision import accumulation
 from seqlong.kernels.selective_scan.chunked import selective_scan_chunked
 from seqlong.kernels.selective_scan.reference import selective_scan_reference
@@ -59,7 +59,8 @@ def selective_scan(
             f"selective_scan needs dt like x, a of (n, {width}), b and c of {shapes[0]} or {shapes[1]}, found "
             f"x {tuple(x.shape)}, dt {tuple(dt.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)}, c {tuple(c.shape)}"
         )
-    token_marks("selective_scan", {"starts": starts}, x.shape[:2])
+    one_device("selective_scan", {"x": x, "dt": dt, "a": a, "b": b, "c": c, "initial_state": initial_state})
+    token_marks("selective_scan", {"starts": starts}, x.shape[:2], {"x": x})
     kept = accumulation(x.dtype)
     if any(y.is_complex() for y in (a, b, c)):
         kept = torch.complex128 if kept == torch.float64 else torch.complex64

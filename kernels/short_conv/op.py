@@ -186,7 +186,7 @@ def check(
         least, most = lengths.aminmax()
         if least < 0 or most > length:
             raise ValueError(f"short_conv needs lengths from 0 to {length}, found {int(least)} to {int(most)}")
-    token_marks("short_conv", {"starts": starts}, (rows, length))
+    token_marks("short_conv", {"starts": starts}, (rows, length), {"x": x})
 
 
 def short_conv(

@@ -13,17 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqlong.kernels.plans import parts
 from seqlong.kernels.precision import as_written
 
 #: Widest head that the kernels hold on chip.
 WIDEST = 128
-
-
-def slices(width: int) -> list[slice]:
-    """Even parts of a width, none wider than the kernels hold, each but the last a multiple of 16."""
-    parts = -(-width // WIDEST)
-    each = -(-width // parts // 16) * 16
-    return [slice(begin, min(begin + each, width)) for begin in range(0, width, each)]
 
 
 def run(
@@ -89,10 +83,10 @@ def _sliced(
     from seqlong.kernels.vector_decay.triton import run as narrow
 
     outputs, finals = [], []
-    for columns in slices(v.shape[3]):
+    for columns in parts(v.shape[3], WIDEST):
         total: Any = None
         states = []
-        for channels in slices(q.shape[3]):
+        for channels in parts(q.shape[3], WIDEST):
             read, final = narrow(
                 q[..., channels], None if k is None else k[..., channels], v[..., columns], gate[..., channels],
                 activation, divisor, None if bound is None else bound[:, channels], starts,

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from seqlong.kernels.inputs import four_axes, needed, one_type, shaped, token_marks
+from seqlong.kernels.inputs import four_axes, is_here, needed, one_type, shaped, token_marks
 
 #: How a gate becomes a decay; ``gates.py`` has the formulas.
 ACTIVATIONS = ("log_decay", "logsigmoid", "lower_bound")
@@ -55,4 +55,9 @@ def check(
     shaped(op, expected)
     if k is not None:
         one_type(op, ("q", q), ("k", k))
-    token_marks(op, {"starts": starts}, (rows, length))
+    token_marks(op, {"starts": starts}, (rows, length), {"q": q})
+    # On a GPU looking would wait for it. A bound of 1, where rounding may lead, neither forgets nor writes.
+    if bounded and lower_bound is not None and lower_bound.device.type == "cpu" and is_here(lower_bound):
+        if not bool(((lower_bound >= 0) & (lower_bound <= 1)).all()):
+            least, most = lower_bound.aminmax()
+            raise ValueError(f"{op} needs lower_bound in [0, 1), the least decay, found {least:.4g} to {most:.4g}")

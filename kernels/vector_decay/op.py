@@ -8,8 +8,8 @@ from torch import Tensor
 
 from seqlong.kernels.dispatch import ALONG_A_ROW, choose_along_a_row
 from seqlong.kernels.runtime import triton_runs_on
+from seqlong.kernels.vector_decay import composed
 from seqlong.kernels.vector_decay.chunked import vector_decay_chunked
-from seqlong.kernels.vector_decay.composed import run, slices
 from seqlong.kernels.vector_decay.inputs import check
 from seqlong.kernels.vector_decay.plan import PLANS, candidates
 from seqlong.kernels.vector_decay.reference import vector_decay_reference
@@ -30,17 +30,6 @@ def why_not_triton(q: Tensor, v: Tensor, gate: Tensor) -> str | None:
         return f"Triton kernels read gates in bfloat16 and float32, not {gate.dtype}"
     if not v.numel() or not q.numel():
         return "an empty input"
-    return None
-
-
-def _no_plan(q: Tensor, v: Tensor, activation: str) -> str | None:
-    """Why there is no configuration for some part of these heads; None if there is one for each."""
-    bounded = activation == "lower_bound"
-    for columns in {x.stop - x.start: x for x in slices(v.shape[3])}.values():
-        for channels in {x.stop - x.start: x for x in slices(q.shape[3])}.values():
-            reason = PLANS.why_none(q[..., channels], v[..., columns], lower_bound=bounded)
-            if reason is not None:
-                return reason
     return None
 
 
@@ -90,11 +79,12 @@ def vector_decay(
     """
     check("vector_decay", q, k, v, gate, activation, divisor, lower_bound=lower_bound, bonus=bonus, starts=starts,
           initial_state=initial_state)  # fmt: skip
-    obstacle = why_not_triton(q, v, gate) or _no_plan(q, v, activation)
+    widest = (composed.WIDEST, composed.WIDEST)
+    obstacle = why_not_triton(q, v, gate) or PLANS.why_none(q, v, widest, lower_bound=activation == "lower_bound")
     choice = choose_along_a_row("vector_decay", v, obstacle, implementation)
     inputs = (q, k, v, gate, activation, divisor, lower_bound, bonus, starts, initial_state, reverse)
     if choice.implementation == "triton":
-        return run(*inputs)
+        return composed.run(*inputs)
     if choice.implementation == "reference":
         return vector_decay_reference(*inputs)
     output, final, _ = vector_decay_chunked(*inputs)
