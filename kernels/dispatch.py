@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from seqlong.errors import ConfigError, nearest
+from seqlong.kernels.runtime import triton_runs_on
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +100,49 @@ def choose(op: str, offered: dict[str, str], preferred: str, forced: str | None 
 def without_triton(offered: dict[str, str], obstacle: str) -> dict[str, str]:
     """What an op offers where its Triton kernels do not serve, and why they do not."""
     return {**offered, "chunked": f"{offered['chunked']} ({obstacle})", "triton": f"{NOT_HERE}{obstacle}"}
+
+
+#: What the steps of those ops have, ``scalar_decay_step`` and the like.
+STEPS = {
+    "triton": "one launch, through which the state passes once",
+    "chunked": "torch, any device: a token by its formula, more as one chunk",
+    "reference": "float64 loop over tokens",
+}
+#: Tokens up to which the Triton step, which takes one after another, is the quickest.
+FEW_TOKENS = 16
+#: Widest keys of which it holds a few value columns.
+WIDEST_STEP = 1024
+
+
+def choose_step(
+    op: str, q: Tensor, v: Tensor, inputs: Iterable[Tensor | None], forced: str | None, obstacle: str | None = None
+) -> Choice:
+    """``choose`` for the next tokens of a recurrence.
+
+    Args:
+        op: name of the step.
+        q: queries (b n g k).
+        v: values (b n h v).
+        inputs: all that could need a gradient, which the Triton kernel does not have.
+        forced: the caller's demand.
+        obstacle: why Triton cannot serve, as far as the op itself knows.
+
+    Raises:
+        ValueError: the forced implementation cannot serve, or does not exist.
+    """
+    obstacle = obstacle or triton_runs_on(v.device)
+    if v.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        obstacle = f"the Triton kernel does not compute in {v.dtype}"
+    elif q.shape[3] > WIDEST_STEP:
+        obstacle = f"the Triton kernel holds keys up to {WIDEST_STEP} wide, not {q.shape[3]}"
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        obstacle = "the Triton kernel has no gradient"
+    if obstacle is None:
+        quick = v.is_cuda and v.shape[1] <= FEW_TOKENS
+        return choose(op, STEPS, "triton" if quick else "chunked", forced)
+    if forced == "triton":
+        raise ValueError(f"{op} cannot run in Triton: {obstacle}")
+    return choose(op, without_triton(STEPS, obstacle), "chunked", forced)
 
 
 def choose_along_a_row(op: str, v: Tensor, obstacle: str | None, forced: str | None = None) -> Choice:

@@ -18,14 +18,21 @@ from seqlong.kernels.scalar_decay.reference import scalar_decay_reference
 CASES = """
 import torch
 from seqlong.kernels import starts_of
+from seqlong.kernels.attention import attention
 from seqlong.kernels.cross_entropy import linear_cross_entropy
 from seqlong.kernels.delta_rule import delta_rule_step
 from seqlong.kernels.dplr import dplr_step
 from seqlong.kernels.log_linear import log_linear, log_linear_step
 from seqlong.kernels.norm import gated_rms_norm, rms_norm
+from seqlong.kernels.grouped_matmul import grouped_matmul
+from seqlong.kernels.rotary import rotary
 from seqlong.kernels.scalar_decay import scalar_decay, scalar_decay_step
+from seqlong.kernels.selective_scan import selective_scan
 from seqlong.kernels.short_conv import short_conv
-from seqlong.kernels.vector_decay import vector_decay_step
+from seqlong.kernels.vector_decay import vector_decay, vector_decay_step
+
+def bounded(bound):
+    return vector_decay(x, None, x, x, activation="lower_bound", lower_bound=torch.tensor([[bound] * 4] * 2))
 
 x, g, y = torch.randn(1, 1, 2, 4), torch.zeros(1, 1, 2), torch.randn(1, 9, 4)
 calls = [
@@ -53,6 +60,25 @@ calls = [
     lambda: starts_of(torch.tensor([0, 8]), 9),
     lambda: starts_of(torch.tensor([0.0, 9.0]), 9),
     lambda: starts_of([0, 9], 9),
+    lambda: bounded(1.5),
+    lambda: bounded(-0.25),
+    lambda: bounded(float("nan")),
+    lambda: bounded(1.0) and print("a bound of 1 is rounded up to"),
+    lambda: scalar_decay(x, x, x, g.to("meta")),
+    lambda: scalar_decay(x, x, x, g, starts=torch.zeros(1, 1, dtype=torch.bool, device="meta")),
+    lambda: scalar_decay(x.to("meta"), x, x, g),
+    lambda: vector_decay(x, x, x, x, initial_state=torch.zeros(1, 2, 4, 4, device="meta")),
+    lambda: rms_norm(y, torch.rand(4, device="meta")),
+    lambda: short_conv(y, torch.rand(4, 3), starts=torch.zeros(1, 9, dtype=torch.bool, device="meta")),
+    lambda: rotary(x, torch.zeros(1, 1, dtype=torch.int64, device="meta")),
+    lambda: linear_cross_entropy(y.to("meta"), torch.rand(6, 4), torch.full((1, 9), 3)),
+    lambda: selective_scan(y, y, torch.rand(3, 4), torch.rand(1, 9, 3), torch.rand(1, 9, 3, device="meta")),
+    lambda: grouped_matmul(y[0], torch.rand(2, 4, 4), torch.tensor([3, 9], device="meta")),
+    lambda: print(scalar_decay(*(a.to("meta") for a in (x, x, x, g)))[0].device),
+    lambda: scalar_decay(x, x, x, g, implementation="tritn"),
+    lambda: rms_norm(y.double(), torch.rand(4).double(), implementation="triton"),
+    lambda: rms_norm(y, torch.rand(4), implementation="fast"),
+    lambda: attention(x, x, x, window=1, implementation="sdpa"),
 ]
 for call in calls:
     try:
@@ -89,6 +115,32 @@ SAID = [
     "starts_of needs offsets that rise from 0 to the row's length 9, found 0 to 8",
     "starts_of needs offsets, whole numbers in one row, found (2,) float32",
     "starts_of needs offsets, a tensor, found a list",
+    "vector_decay needs lower_bound in [0, 1), the least decay, found 1.5 to 1.5",
+    "vector_decay needs lower_bound in [0, 1), the least decay, found -0.25 to -0.25",
+    "vector_decay needs lower_bound in [0, 1), the least decay, found nan to nan",
+    "a bound of 1 is rounded up to",
+    "no error",
+    *(
+        f"{op} needs all its inputs on one device, found {first} and {second}"
+        for op, first, second in [
+            ("scalar_decay", "q on cpu", "log_decay on meta"),
+            ("scalar_decay", "q on cpu", "starts on meta"),
+            ("scalar_decay", "q on meta", "k on cpu"),
+            ("vector_decay", "v on cpu", "initial_state on meta"),
+            ("rms_norm", "x on cpu", "weight on meta"),
+            ("short_conv", "x on cpu", "starts on meta"),
+            ("rotary", "x on cpu", "positions on meta"),
+            ("linear_cross_entropy", "hidden on meta", "weight on cpu"),
+            ("selective_scan", "x on cpu", "c on meta"),
+            ("grouped_matmul", "x on cpu", "ends on meta"),
+        ]
+    ),
+    "meta",
+    "no error",
+    "scalar_decay has no implementation 'tritn'; it has chunked, reference, triton; did you mean 'triton'?",
+    "rms_norm cannot run in Triton: the Triton kernels do not compute in torch.float64",
+    "rms_norm has no implementation 'fast'; it has chunked, reference, triton",
+    "attention cannot run as sdpa: it does not serve this device, type, mask or cache",
 ]
 
 

@@ -156,11 +156,11 @@ def test_the_number_of_programs_is_bounded(device: str) -> None:
 
 def test_kernels_say_why_they_cannot_serve(device: str) -> None:
     x, weight = torch.ones(1, 3, 5, device=device), torch.ones(5, 5, device=device)
-    with pytest.raises(ValueError, match="short_conv has no implementation 'triton'"):
+    with pytest.raises(ValueError, match="short_conv cannot run in Triton: "):
         short_conv(x, weight, implementation="triton")
-    with pytest.raises(ValueError, match="rms_norm has no implementation 'triton'"):
+    with pytest.raises(ValueError, match="rms_norm cannot run in Triton: "):
         rms_norm(x.double(), weight[0].double(), implementation="triton")
-    with pytest.raises(ValueError, match="rotary has no implementation 'triton'"):
+    with pytest.raises(ValueError, match="rotary cannot run in Triton: "):
         rotary(x[:, :, None, :4].double(), torch.zeros(1, 3, dtype=torch.int64, device=device), implementation="triton")
     with pytest.raises(ValueError, match="found 5 and 2 groups"):
         gated_rms_norm(x, x, weight[0], 2)

@@ -17,6 +17,7 @@ from seqlong.kernels.grouped_matmul.chunked import (
     why_not_grouped_mm,
 )
 from seqlong.kernels.grouped_matmul.reference import grouped_matmul_reference
+from seqlong.kernels.inputs import one_device
 from seqlong.kernels.precision import as_written
 from seqlong.kernels.runtime import triton_runs_on
 

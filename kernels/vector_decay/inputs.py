@@ -57,7 +57,8 @@ def check(
         one_type(op, ("q", q), ("k", k))
     token_marks(op, {"starts": starts}, (rows, length), {"q": q})
     # On a GPU looking would wait for it. A bound of 1, where rounding may lead, neither forgets nor writes.
-    if bounded and lower_bound is not None and lower_bound.device.type == "cpu" and is_here(lower_bound):
-        if not bool(((lower_bound >= 0) & (lower_bound <= 1)).all()):
-            least, most = lower_bound.aminmax()
-            raise ValueError(f"{op} needs lower_bound in [0, 1), the least decay, found {least:.4g} to {most:.4g}")
+    if lower_bound is None or lower_bound.device.type != "cpu" or not is_here(lower_bound):
+        return
+    if not bool(((lower_bound >= 0) & (lower_bound <= 1)).all()):
+        least, most = lower_bound.aminmax()
+        raise ValueError(f"{op} needs lower_bound in [0, 1), the least decay, found {least:.4g} to {most:.4g}")
