@@ -6,6 +6,7 @@ tokenizer character by character, a list to a LongTensor. Both read the embedded
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import random
 import shutil
@@ -82,4 +83,5 @@ def rows() -> Iterator[Row]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main("genome_store", rows(), on="cpu")

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -231,7 +232,11 @@ def command() -> None:
         work([tuple(job) for job in json.loads(given.work)], given.seconds, share=(share, shares))
         return
     sizes_given = given.sizes or (SIZES if torch.cuda.is_available() else TINY)
-    sizes = [(int(size.split("x")[0]), int(size.split("x")[1])) for size in sizes_given.split(",") if size]
+    sizes = []
+    for size in filter(None, sizes_given.split(",")):
+        if not (found := re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", size.strip())):
+            parser.error(f"--sizes takes ROWSxPOSITIONS, such as 1x131072, by commas; found {size!r}")
+        sizes.append((int(found[1]), int(found[2])))
     families = [name for name in given.only.split(",") if name]
     groups = [name for name in given.contenders.split(",") if name]
     for name, known in [*((name, FAMILIES) for name in families), *((name, CONTENDERS) for name in groups)]:
@@ -245,7 +250,8 @@ def command() -> None:
             take(json.loads(line), results, speeds)
     if not given.read:
         until = time.monotonic() + 60 * given.minutes
-        todo: list[list[Job]] = [[("ceilings", "ceilings", 1, 1)]]
+        # A CPU has no one speed: what it copies and multiplies depends on caches and threads.
+        todo: list[list[Job]] = [[("ceilings", "ceilings", 1, 1)]] if torch.cuda.is_available() else []
         able = []
         for group in groups:
             can = [family for family in families if family in CONTENDERS[group]] if missing(group) is None else []

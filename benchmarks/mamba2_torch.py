@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import subprocess
@@ -76,7 +77,9 @@ def rows() -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measure"]:
-        _measure_here(sys.argv[2], int(sys.argv[3]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    if asked := parser.parse_args().measure:
+        _measure_here(asked[0], int(asked[1]))
     else:
         main("mamba2_torch", rows(), on="cpu")

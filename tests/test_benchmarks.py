@@ -113,6 +113,34 @@ def test_rows_hold_ours_beside_every_peer(bench: ModuleType) -> None:
     assert made["byte_floor", None].value == pytest.approx(50)
 
 
+def test_a_size_that_is_none_is_said_and_a_cpu_has_no_peak(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for size in ("3y", "0x64", "64", "1x-64"):
+        monkeypatch.setattr(sys, "argv", ["kernels", "--sizes", size])
+        with pytest.raises(SystemExit):
+            bench.command()
+        assert f"--sizes takes ROWSxPOSITIONS, such as 1x131072, by commas; found '{size}'" in capsys.readouterr().err
+    asked: list = []
+    monkeypatch.setattr(bench, "run", lambda todo, *_: asked.extend(todo) or [])
+    monkeypatch.setattr(bench, "main", lambda *_: None)
+    words = ["kernels", "--sizes", "1x64,2x080", "--only", "simple_gla", "--contenders", "seqlong"]
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(sys, "argv", words)
+        bench.command()
+        assert (("ceilings", "ceilings", 1, 1) in asked) is gpu
+    assert asked[:2] == [("seqlong", "simple_gla", 1, 64), ("seqlong", "simple_gla", 2, 80)]
+
+
+def test_every_benchmark_is_described_and_reads_its_arguments() -> None:
+    """One that does not read them would start to measure where ``--help`` is asked."""
+    told = (FOLDER / "README.md").read_text()
+    for script in FOLDER.glob("[!_]*.py"):
+        assert "parse_args(" in script.read_text(), script.name
+        assert script.stem in told, script.name
+
+
 def _script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
     spec = importlib.util.spec_from_file_location(f"{name}_benchmark", FOLDER / f"{name}.py")
