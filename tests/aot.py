@@ -170,6 +170,21 @@ def _delta_rule(width: int, gate: str) -> Tensor:
     return delta_rule(q, k, v, beta, decay, normalize=True, implementation="triton")[0]
 
 
+def _token_step(family: str, tokens: int = 1) -> Tensor:
+    from seqlong.kernels import delta_rule, dplr, vector_decay
+
+    x = [torch.zeros(2, tokens, 4, 128, dtype=torch.bfloat16) for _ in range(5)]
+    gate, state, row = torch.zeros(2, tokens, 4, 128), torch.zeros(2, 4, 128, 128), torch.zeros(2, tokens, 4)
+    if family == "vector":
+        return vector_decay.vector_decay_step(*x[:4], state, activation="logsigmoid", implementation="triton")[0]
+    if family == "delta":
+        softplus = {"gate_activation": "softplus", "rate": torch.zeros(4), "gate_bias": torch.zeros(4, 128)}
+        return delta_rule.delta_rule_step(
+            *x[:3], row, gate, state, normalize=True, beta_activation="sigmoid", **softplus, implementation="triton"
+        )[0]
+    return dplr.dplr_step(*x, gate, state, implementation="triton")[0]
+
+
 def _dplr(width: int) -> Tensor:
     from seqlong.kernels.dplr import dplr
 
@@ -212,6 +227,9 @@ CASES: dict[str, Callable[[], Tensor]] = {
     "delta256_kda": lambda: _delta_rule(256, "channel"),
     "dplr64": lambda: _dplr(64),
     "dplr128": lambda: _dplr(128),
+    "vector_step": lambda: _token_step("vector"),
+    "delta_step": lambda: _token_step("delta", 4),
+    "dplr_step": lambda: _token_step("dplr"),
     "short_conv": _short_conv,
     "short_conv_starts": lambda: _short_conv(starts=True),
     "short_conv_fp32": lambda: _short_conv(torch.float32),

@@ -6,11 +6,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqlong.kernels.delta_rule.activations import log_decays, normalized, weights
+from seqlong.kernels.delta_rule.activations import NONE, log_decays, normalized, weights
 from seqlong.kernels.delta_rule.chunked import delta_rule_chunked
 from seqlong.kernels.delta_rule.inputs import BETA, check
+from seqlong.kernels.delta_rule.reference import EPS, delta_rule_reference
+from seqlong.kernels.dispatch import STEPS, choose_step
 from seqlong.kernels.inputs import needed, token_marks
 from seqlong.kernels.precision import accumulation, as_written
+
+OFFERED = STEPS
 
 
 def delta_rule_step(
@@ -28,6 +32,7 @@ def delta_rule_step(
     gate_bias: Float[Tensor, "h"] | Float[Tensor, "h k"] | None = None,
     starts: Bool[Tensor, "b n"] | None = None,
     padding: Bool[Tensor, "b n"] | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Tensor, "b n h v"], Float[Tensor, "b h k v"]]:
     """n tokens of ``delta_rule`` from ``state``, which is not changed: one by its formula, more as one small chunk.
 
@@ -36,12 +41,13 @@ def delta_rule_step(
         state: the state before the first token.
         padding: True where there is no token: the state stays, and the output means nothing. Rows that accepted fewer
             drafted tokens than others are run again so.
+        implementation: one of ``OFFERED``; None lets dispatch choose. Triton has no gradient.
 
     Returns:
         The output in v's type and the state after the last token, in float32 (float64 if v is).
 
     Raises:
-        ValueError: shapes, types or words do not fit.
+        ValueError: shapes, types or words do not fit, or the implementation asked for cannot serve the inputs.
 
     Source: arXiv 2406.06484, 2412.06464, 2510.26692.
     """
@@ -49,7 +55,30 @@ def delta_rule_step(
     check("delta_rule_step", q, k, v, beta, gate, beta_activation=beta_activation, gate_activation=gate_activation,
           rate=rate, gate_bias=gate_bias, starts=starts, initial_state=state)  # fmt: skip
     token_marks("delta_rule_step", {"padding": padding}, q.shape[:2])
-    return _step(q, k, v, beta, gate, state, normalize, BETA.index(beta_activation), rate, gate_bias, starts, padding)
+    weight = BETA.index(beta_activation)
+    choice = choose_step(
+        "delta_rule_step", q, v, (q, k, v, beta, gate, rate, gate_bias, state), implementation
+    ).implementation
+    if choice == "triton":
+        from seqlong.kernels.triton_token_step import DELTA, LOG_DECAY, NO_GATE, SOFTPLUS, run
+
+        act = NO_GATE if gate is None else LOG_DECAY if rate is None else SOFTPLUS
+        return run(q, k, v, state, gate=gate, beta=beta, rate=rate, bias=gate_bias, starts=starts, padding=padding,
+                   form=DELTA, activation=act, weight=weight, normalize=normalize, eps=EPS)  # fmt: skip
+    if choice == "reference":
+        if padding is not None:
+            # A weight of zero, a decay of one, and nothing to read, whatever stands there.
+            beta = beta.masked_fill(padding[..., None], 0.0 if weight == NONE else -torch.inf)
+            k, v = (x.masked_fill(padding[..., None, None], 0) for x in (k, v))
+            starts = None if starts is None else starts & ~padding
+            if gate is not None:
+                idle = padding.view(*padding.shape, *[1] * (gate.dim() - 2))
+                gate = gate.masked_fill(idle, 0.0 if rate is None else -torch.inf)
+        return delta_rule_reference(
+            q, k, v, beta, gate, normalize=normalize, beta_activation=beta_activation, gate_activation=gate_activation,
+            rate=rate, gate_bias=gate_bias, starts=starts, initial_state=state,
+        )  # fmt: skip
+    return _step(q, k, v, beta, gate, state, normalize, weight, rate, gate_bias, starts, padding)
 
 
 @as_written

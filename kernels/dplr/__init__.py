@@ -1,3 +1,4 @@
-from seqlong.kernels.dplr.op import dplr, dplr_step
+from seqlong.kernels.dplr.op import dplr
+from seqlong.kernels.dplr.step import dplr_step
 
 __all__ = ["dplr", "dplr_step"]

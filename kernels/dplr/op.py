@@ -11,7 +11,6 @@ from seqlong.kernels.dplr.chunked import dplr_chunked
 from seqlong.kernels.dplr.plan import PLANS, candidates
 from seqlong.kernels.dplr.reference import dplr_reference
 from seqlong.kernels.inputs import four_axes, needed, shaped, token_marks
-from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.runtime import triton_runs_on
 
 OFFERED = ALONG_A_ROW
@@ -119,63 +118,3 @@ def dplr(
     else:
         output, final, _ = dplr_chunked(q, k, v, a, b, log_decay, starts, initial_state)
     return output.flip(1) if reverse else output, final
-
-
-def dplr_step(
-    q: Float[Tensor, "b n h k"],
-    k: Float[Tensor, "b n h k"],
-    v: Float[Tensor, "b n h v"],
-    a: Float[Tensor, "b n h k"],
-    b: Float[Tensor, "b n h k"],
-    log_decay: Float[Tensor, "b n h k"],
-    state: Float[Tensor, "b h k v"],
-    *,
-    starts: Bool[Tensor, "b n"] | None = None,
-    padding: Bool[Tensor, "b n"] | None = None,
-) -> tuple[Float[Tensor, "b n h v"], Float[Tensor, "b h k v"]]:
-    """The next n tokens of ``dplr``: one in decoding, some in streaming or speculation.
-
-    The state given is not changed.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        a: what is read from the state.
-        b: where that is written.
-        log_decay: as in ``dplr``.
-        state: the state before.
-        starts: True where the state starts afresh before the token.
-        padding: True where there is no token: the state stays, whatever stands there, and the output means nothing.
-
-    Returns:
-        The output in v's type and the state after, in float32 (float64 if v is).
-
-    Raises:
-        ValueError: shapes or types do not fit.
-
-    Source: arXiv 2503.14456.
-    """
-    needed("dplr_step", {"state": state})
-    check("dplr_step", q, k, v, a, b, log_decay, ("state", state), {"starts": starts, "padding": padding})
-    if padding is not None:
-        k, v, a, b, log_decay = (x.masked_fill(padding[:, :, None, None], 0) for x in (k, v, a, b, log_decay))
-        starts = None if starts is None else starts & ~padding
-    if q.shape[1] != 1:
-        output, final, _ = dplr_chunked(q, k, v, a, b, log_decay, starts, state)
-        return output, final
-    return _one(q, k, v, a, b, log_decay, state, starts)
-
-
-@as_written
-def _one(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor, starts: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    kept = accumulation(v.dtype)
-    qs, ks, vs, as_, bs, gs = (x[:, 0].to(kept) for x in (q, k, v, a, b, log_decay))
-    before = state.to(kept)
-    if starts is not None:
-        before = before.masked_fill(starts[:, 0, None, None, None], 0)
-    read = as_[:, :, None] @ before
-    after = gs.exp()[..., None] * before + torch.stack([bs, ks], dim=-1) @ torch.cat([read, vs[:, :, None]], dim=2)
-    return (qs[:, :, None] @ after).transpose(1, 2).to(v.dtype), after

@@ -6,10 +6,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from seqlong.kernels.dispatch import STEPS, choose_step
 from seqlong.kernels.inputs import needed, token_marks
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.scalar_decay.inputs import check
 from seqlong.kernels.scalar_decay.op import scalar_decay
+
+OFFERED = STEPS
 
 
 def scalar_decay_step(
@@ -21,6 +24,7 @@ def scalar_decay_step(
     *,
     starts: Bool[Tensor, "b n"] | None = None,
     padding: Bool[Tensor, "b n"] | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Tensor, "b n h v"], Float[Tensor, "b h k v"]]:
     """n tokens of ``scalar_decay`` from ``state``, which is not changed: one by its formula, more as one chunk.
 
@@ -29,12 +33,13 @@ def scalar_decay_step(
         state: the state before the first token.
         starts: True where the state starts afresh before the token.
         padding: True where there is no token: the state stays, and the output means nothing.
+        implementation: one of ``OFFERED``; None lets dispatch choose. Triton has no gradient.
 
     Returns:
         The output in v's type and the state after the last token, in float32 (float64 if v is).
 
     Raises:
-        ValueError: shapes or types do not fit.
+        ValueError: shapes or types do not fit, or the implementation asked for cannot serve the inputs.
 
     Source: arXiv 2405.21060.
     """
@@ -44,12 +49,18 @@ def scalar_decay_step(
     token_marks(op, {"padding": padding}, q.shape[:2])
     if log_decay.dim() == 1:
         log_decay = log_decay.expand(v.shape[:3])
+    choice = choose_step(op, q, v, (q, k, v, log_decay, state), implementation).implementation
+    if choice == "triton":
+        from seqlong.kernels.triton_token_step import run
+
+        return run(q, k, v, state, gate=log_decay, starts=starts, padding=padding)
     if padding is not None:
         k, v = (x.masked_fill(padding[..., None, None], 0) for x in (k, v))
         log_decay = log_decay.masked_fill(padding[..., None], 0)
         starts = None if starts is None else starts & ~padding
-    if q.shape[1] != 1:
-        return scalar_decay(q, k, v, log_decay, starts=starts, initial_state=state)
+    if q.shape[1] != 1 or choice == "reference":
+        one = choice if choice == "reference" else None  # several are one chunk, of whichever kind is the quickest
+        return scalar_decay(q, k, v, log_decay, starts=starts, initial_state=state, implementation=one)
     return _one(q, k, v, log_decay, state, starts)
 
 

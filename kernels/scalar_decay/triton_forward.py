@@ -14,19 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqlong.kernels.triton_pieces import segment_of_program
+from seqlong.kernels.triton_pieces import segment_of_program, softplus
 
 #: log2 of a decay that is zero in float32; no decay is below it, so that sums over a chunk keep their digits.
 RESET = tl.constexpr(-160.0)
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + e^x), accurate to float32 where e^x is small: small steps are what Mamba2 starts with."""
-    small = tl.exp(tl.minimum(x, 20.0))
-    series = small * (1.0 - small * (0.5 - small * (0.3333333333 - small * 0.25)))
-    return tl.where(x > 20.0, x, tl.where(small < 0.015625, series, tl.log(1.0 + small)))
 
 
 @triton.jit(do_not_specialize=["T", "H", "NC"])

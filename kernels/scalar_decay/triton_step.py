@@ -7,19 +7,13 @@ The state, which is nearly all that is read and written, passes once.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqlong.kernels.scalar_decay.triton_forward import softplus
-
-#: Elements of the state that a program holds, at most and at least; a warp holds SHARE of them.
-MOST, LEAST, SHARE = 8192, 1024, 2048
-#: Programs per multiprocessor below which heads are cut into value columns.
-PROGRAMS = 2
+from seqlong.kernels.triton_pieces import softplus
+from seqlong.kernels.triton_token_step import value_columns, warps
 
 
 @triton.jit
@@ -93,22 +87,6 @@ def step(
     tl.store(y + (row * H + h) * V + v, out.to(y.dtype.element_ty), mask=v < V)
 
 
-@lru_cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _columns(rows: int, heads: int, key_tile: int, value_width: int, device: torch.device) -> int:
-    """Value columns of a program: all, unless too few programs or too large a tile would come of it."""
-    columns = triton.next_power_of_2(value_width)
-    few = PROGRAMS * _processors(device)
-    while columns > 1 and key_tile * columns > LEAST:
-        if key_tile * columns <= MOST and rows * heads * triton.cdiv(value_width, columns) >= few:
-            break
-        columns //= 2
-    return columns
-
-
 def launch(
     xbc: Tensor,
     dt: Tensor,
@@ -130,7 +108,7 @@ def launch(
         return y, conv_after, ssm_after
     xbc, dt = (x if x.stride(1) == 1 else x.contiguous() for x in (xbc, dt))
     key_tile = triton.next_power_of_2(width)
-    columns = _columns(rows, heads, key_tile, value_width, xbc.device)
+    columns = value_columns(rows, heads, key_tile, value_width, xbc.device)
     step[(rows * heads * triton.cdiv(value_width, columns),)](
         xbc, dt, conv.contiguous(), ssm.contiguous(), weight.contiguous(), xbc if bias is None else bias, a_log,
         xbc if d is None else d, xbc if dt_bias is None else dt_bias,
@@ -140,7 +118,7 @@ def launch(
         H=heads, G=(xbc.shape[1] - heads * value_width) // (2 * width), K=width, V=value_width, W=weight.shape[1],
         KB=key_tile, BV=columns, BIAS=bias is not None, SKIP=d is not None, DT_BIAS=dt_bias is not None,
         STARTS=starts is not None, PADDING=padding is not None,
-        num_warps=min(8, max(1, key_tile * columns // SHARE)),
+        num_warps=warps(key_tile, columns),
     )  # fmt: skip
     return y, conv_after, ssm_after
 

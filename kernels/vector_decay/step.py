@@ -6,14 +6,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqlong.kernels.dispatch import choose
+from seqlong.kernels.dispatch import STEPS, choose_step
 from seqlong.kernels.inputs import needed, token_marks
 from seqlong.kernels.precision import accumulation, as_written
 from seqlong.kernels.vector_decay.gates import activated
-from seqlong.kernels.vector_decay.inputs import check
+from seqlong.kernels.vector_decay.inputs import ACTIVATIONS, check
 from seqlong.kernels.vector_decay.op import vector_decay
 
-OFFERED = {"chunked": "torch, any device", "reference": "float64"}
+OFFERED = STEPS
 
 
 def vector_decay_step(
@@ -38,13 +38,13 @@ def vector_decay_step(
         state: the state before; it is not changed in place.
         starts: True where the state starts afresh before the token.
         padding: True where there is no token: the state stays, and the output means nothing.
-        implementation: ``chunked`` or ``reference``; None lets dispatch choose.
+        implementation: one of ``OFFERED``; None lets dispatch choose. Triton has no gradient.
 
     Returns:
         The output in v's type and the state after, in float32 (float64 if v is).
 
     Raises:
-        ValueError: shapes, types or settings do not fit.
+        ValueError: shapes, types or settings do not fit, or the implementation asked for cannot serve the inputs.
 
     Source: arXiv 2312.06635, 2404.07904, 2404.05892.
     """
@@ -52,6 +52,14 @@ def vector_decay_step(
     check("vector_decay_step", q, k, v, gate, activation, divisor, lower_bound=lower_bound, bonus=bonus, starts=starts,
           initial_state=state)  # fmt: skip
     token_marks("vector_decay_step", {"padding": padding}, q.shape[:2])
+    choice = choose_step(
+        "vector_decay_step", q, v, (q, k, v, gate, lower_bound, bonus, state), implementation
+    ).implementation
+    if choice == "triton":
+        from seqlong.kernels.triton_token_step import PLAIN, run
+
+        return run(q, k, v, state, gate=gate, bound=lower_bound, bonus=bonus, starts=starts, padding=padding,
+                   form=PLAIN, activation=1 + ACTIVATIONS.index(activation), divisor=divisor)  # fmt: skip
     if padding is not None:
         nothing = padding[..., None, None]
         # A decay of one and a key of zero; with lower_bound the gate makes both.
@@ -59,7 +67,6 @@ def vector_decay_step(
         k = None if k is None else k.masked_fill(nothing, 0)
         v = v.masked_fill(nothing, 0)
         starts = None if starts is None else starts & ~padding
-    choice = choose("vector_decay_step", OFFERED, "chunked", implementation).implementation
     if q.shape[1] == 1 and choice == "chunked":
         return _one(q, k, v, gate, state, activation, divisor, lower_bound, bonus, starts)
     return vector_decay(q, k, v, gate, activation=activation, divisor=divisor, lower_bound=lower_bound, bonus=bonus,

@@ -16,8 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqlong.kernels.scalar_decay.triton_forward import softplus
-from seqlong.kernels.triton_pieces import segment_of_program
+from seqlong.kernels.triton_pieces import segment_of_program, softplus
 
 LOG2E = tl.constexpr(1.4426950408889634)
 #: log2 of the smallest decay: what it lets through is below the rounding of float32.

@@ -1,7 +1,7 @@
 """The ops of linear mixers, with one token of decoding done by their steps, and rows that several processes hold.
 
 On a CPU a step takes a sixth to a thirteenth of the time of the op, which makes a chunk of the token (8 heads of 64 by
-64, one thread: 67 µs for 870). From two tokens on both take the same. GPUs keep the op: steps are some launches there.
+64, one thread: 67 µs for 870). From two tokens on both take the same. On a GPU a step of a few tokens is one launch.
 
 With a ``fragment`` the state that enters it is worked out first (``seqlong.parallel.scan``), and the state that is
 returned is that after the whole row.
@@ -20,12 +20,13 @@ from seqlong.kernels import dplr as low_ranks
 from seqlong.kernels import scalar_decay as scalars
 from seqlong.kernels import short_conv as convolutions
 from seqlong.kernels import vector_decay as vectors
+from seqlong.kernels.dispatch import FEW_TOKENS
 from seqlong.parallel import scan
 
 
-def _one_token(v: Tensor, state: Tensor | None) -> bool:
+def _few_tokens(v: Tensor, state: Tensor | None) -> bool:
     """Whether a step does it: nothing is differentiated in decoding."""
-    return v.shape[1] == 1 and state is not None and v.device.type == "cpu" and not torch.is_grad_enabled()
+    return state is not None and v.shape[1] <= (FEW_TOKENS if v.is_cuda else 1) and not torch.is_grad_enabled()
 
 
 def scalar_decay(
@@ -42,7 +43,7 @@ def scalar_decay(
     if fragment is not None:
         entry, final = scan.entering(fragment, *scan.scalar_decay(k, v, log_decay, starts), initial_state)
         return scalars.scalar_decay(q, k, v, log_decay, starts=starts, initial_state=entry)[0], final
-    if not _one_token(v, initial_state):
+    if not _few_tokens(v, initial_state):
         return scalars.scalar_decay(q, k, v, log_decay, starts=starts, initial_state=initial_state)
     assert initial_state is not None
     return scalars.scalar_decay_step(q, k, v, log_decay, initial_state, starts=starts)
@@ -70,7 +71,7 @@ def vector_decay(
             q, k, v, gate, activation=activation, divisor=divisor, lower_bound=lower_bound, bonus=bonus, starts=starts,
             initial_state=entry,
         )[0], final  # fmt: skip
-    if not _one_token(v, initial_state):
+    if not _few_tokens(v, initial_state):
         return vectors.vector_decay(
             q, k, v, gate, activation=activation, divisor=divisor, lower_bound=lower_bound, bonus=bonus, starts=starts,
             initial_state=initial_state,
@@ -110,7 +111,7 @@ def delta_rule(
         made = scan.matrix(lambda values, state: run(k.detach(), values, state)[1], k, v)
         entry, final = scan.entering(fragment, *made, initial_state)
         return run(q, v, entry)[0], final
-    if not _one_token(v, initial_state):
+    if not _few_tokens(v, initial_state):
         return deltas.delta_rule(
             q, k, v, beta, gate, normalize=normalize, beta_activation=beta_activation, gate_activation=gate_activation,
             rate=rate, gate_bias=gate_bias, starts=starts, initial_state=initial_state,
@@ -143,7 +144,7 @@ def dplr(
         made = scan.matrix(lambda values, state: run(k.detach(), values, state)[1], k, v)
         entry, final = scan.entering(fragment, *made, initial_state)
         return run(q, v, entry)[0], final
-    if not _one_token(v, initial_state):
+    if not _few_tokens(v, initial_state):
         return low_ranks.dplr(q, k, v, a, b, log_decay, starts=starts, initial_state=initial_state)
     assert initial_state is not None
     return low_ranks.dplr_step(q, k, v, a, b, log_decay, initial_state, starts=starts)
