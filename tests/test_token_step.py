@@ -214,7 +214,7 @@ def test_what_it_cannot_serve_is_said(device: str) -> None:
     with pytest.raises(ValueError, match="has no gradient"):
         step(**given, state=state.requires_grad_(), **options, implementation="triton")
     in_double = {key: None if x is None else x.double() for key, x in given.items()}
-    with pytest.raises(ValueError, match="the Triton kernel has no gradient"):
+    with pytest.raises(ValueError, match="does not compute in"):
         step(**in_double, state=state.detach().double(), **options, implementation="triton")
     with pytest.raises(ValueError, match="no implementation"):
         step(**given, state=state.detach(), **options, implementation="typo")
