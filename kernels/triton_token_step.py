@@ -96,10 +96,7 @@ def token_step(
             Q, Y = _unit(Q, EPS), _unit(Y, EPS)
         before = S
         if STARTS:
-            fresh = tl.load(starts + token) != 0
-            if PADDING:
-                fresh = fresh & (tl.load(padding + token) == 0)
-            before = tl.where(fresh, 0.0, S)
+            before = tl.where(tl.load(starts + token) != 0, 0.0, S)
         decayed = before
         if ACT != 0:
             at = gate + row * gate_row + n * gate_token + h * (K if CHANNEL else 1)
