@@ -145,7 +145,8 @@ def test_files_without_times_are_counted(tmp_path: Path) -> None:
 
 def test_several_kinds_of_files(tmp_path: Path) -> None:
     for name, codec, pixels in (("a.ts", "libx264", "yuv420p"), ("a.webm", "libvpx-vp9", "yuv420p"),
-                                ("a.mov", "libx264", "yuv420p10le"), ("a.mkv", "ffv1", "yuv444p")):  # fmt: skip
+                                ("a.mov", "libx265", "yuv420p10le"), ("a.mp4", "libx264", "yuv420p10le"),
+                                ("a.mkv", "ffv1", "yuv444p")):  # fmt: skip
         path = write_video(tmp_path / name, 6, codec=codec, pixels=pixels, options={})
         with open_video(path) as video:
             numbers = [number_of(picture) for picture in video.read(range(6)).pixels]
