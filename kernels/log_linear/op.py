@@ -6,17 +6,35 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqlong.kernels.dispatch import choose
+from seqlong.kernels.delta_rule import op as delta_rule
+from seqlong.kernels.dispatch import choose_along_a_row
 from seqlong.kernels.inputs import four_axes, heads_of_groups, needed, said, shaped, token_marks
 from seqlong.kernels.log_linear.chunked import log_linear_chunked
 from seqlong.kernels.log_linear.levels import Fenwick, buckets
 from seqlong.kernels.log_linear.reference import log_linear_reference
 from seqlong.kernels.precision import accumulation, as_written
+from seqlong.kernels.scalar_decay import op as scalar_decay
 
 OFFERED = {
+    "triton": "a run of the Triton kernels of scalar_decay or delta_rule for each level",
     "chunked": "matrix products over chunks in torch, any device",
     "reference": "float64 loop over tokens",
 }
+
+
+def why_not_triton(
+    q: Tensor, v: Tensor, levels: Tensor, beta: Tensor | None, state: tuple[Tensor, Tensor] | None
+) -> str | None:
+    """None if the Triton kernels serve these inputs, else the reason why not."""
+    if state is not None:
+        return "Triton kernels start without a stack"
+    if levels.shape[3] <= (int(v.shape[1]) - 1).bit_length():
+        return f"Triton kernels need a level for each power of two of {v.shape[1]} tokens, not {levels.shape[3]}"
+    if beta is None:
+        return scalar_decay.why_not_triton(q, v) or scalar_decay.why_none(q, v, ssd=False)
+    if v.shape[3] > delta_rule.WIDEST[1]:
+        return f"Triton kernels hold values up to {delta_rule.WIDEST[1]} wide, not {v.shape[3]}"
+    return delta_rule.why_not_triton(q, v) or delta_rule.PLANS.why_none(q, v, channels=False)
 
 
 def check(
@@ -83,19 +101,24 @@ def log_linear(
         beta: strengths of writing; None is scalar decay.
         starts: True where state and levels start afresh before the token.
         initial_state: what tokens before have left; None if there are none. A row cut in two is the row.
-        implementation: ``chunked`` or ``reference``; None lets dispatch choose.
+        implementation: ``triton``, ``chunked`` or ``reference``; None lets dispatch choose.
 
     Returns:
         The output in v's type and what the row leaves, in float32 (float64 if v is), with its count of tokens.
 
     Raises:
-        ValueError: shapes or types do not fit, or there is no such implementation.
+        ValueError: shapes or types do not fit, or the implementation asked for cannot serve the inputs.
 
     Source: arXiv 2506.04761.
     """
     check("log_linear", q, k, v, log_decay, levels, beta, initial_state, {"starts": starts})
-    choice = choose("log_linear", OFFERED, "chunked", implementation)
+    choice = choose_along_a_row("log_linear", v, why_not_triton(q, v, levels, beta, initial_state), implementation)
     states, count = (None, None) if initial_state is None else initial_state
+    if choice.implementation == "triton":
+        from seqlong.kernels.log_linear.by_level import run
+
+        output, after, number = run(q, k, v, log_decay, levels, beta, starts)
+        return output, Fenwick(after, number)
     if choice.implementation == "reference":
         output, after, number = log_linear_reference(q, k, v, log_decay, levels, beta, starts, states, count)
     else:
