@@ -28,7 +28,7 @@ def why_not_triton(
     """None if the Triton kernels serve these inputs, else the reason why not."""
     if state is not None:
         return "Triton kernels start without a stack"
-    if levels.shape[3] <= (int(v.shape[1]) - 1).bit_length():
+    if v.shape[1] > 1 << (int(levels.shape[3]) - 1):
         return f"Triton kernels need a level for each power of two of {v.shape[1]} tokens, not {levels.shape[3]}"
     if beta is None:
         return scalar_decay.why_not_triton(q, v) or scalar_decay.why_none(q, v, ssd=False)
