@@ -30,6 +30,7 @@ from seqlong.compose import Composed, compose, dump, from_dict, from_files, hous
 from seqlong.errors import CheckpointError, ConfigError, SeqlongError, located, nearest
 from seqlong.explain import first_problem
 from seqlong.parallel.names import register as register_strategies
+from seqlong.parallel.parts import head_of, mend
 
 log = logging.getLogger("seqlong")
 
@@ -237,7 +238,7 @@ def _choose(
         return composed, None, False
     checkpoint = _resolve_checkpoint(wanted, composed, overrides)
     if composed is None:
-        stored = read_checkpoint(checkpoint).get(CONFIG_KEY)
+        stored = read_checkpoint(checkpoint, weights=False).get(CONFIG_KEY)
         if not isinstance(stored, dict):
             raise CheckpointError(f"{checkpoint} holds no configuration; name one with experiment=... or --config FILE")
         composed = from_dict(stored, overrides)
@@ -246,7 +247,7 @@ def _choose(
 
 def _resolve_checkpoint(wanted: str, composed: Composed | None, overrides: Sequence[str]) -> Path:
     if wanted not in ("last", "best"):
-        path = Path(wanted).expanduser()
+        path = head_of(Path(wanted).expanduser())
         if not path.is_file():
             raise CheckpointError(f"there is no checkpoint {wanted}; expected a file, 'last' or 'best'")
         return path.absolute()
@@ -257,13 +258,22 @@ def _resolve_checkpoint(wanted: str, composed: Composed | None, overrides: Seque
             settings[key[4:]] = value
     if settings.get("dir"):
         run = Path(settings["dir"]).expanduser().absolute()
+        if wanted == "last":
+            _mend(run / "checkpoints" / "last.ckpt")
         if not (run / "checkpoints" / "last.ckpt").is_file():
             raise CheckpointError(f"{run} has no checkpoints/last.ckpt to continue from")
     else:
         model = (composed.lightning.get("model") or {}) if composed else {}
         backbone = (model.get("init_args") or {}).get("backbone")
         run = runs.newest(settings.get("root", "runs"), settings.get("name"), backbone)
-    return run / "checkpoints" / "last.ckpt" if wanted == "last" else runs.best_checkpoint(run)
+    return _mend(run / "checkpoints" / "last.ckpt") if wanted == "last" else runs.best_checkpoint(run)
+
+
+def _mend(last: Path) -> Path:
+    """``last``, which names the newest checkpoint in parts that is whole."""
+    if runs.rank() == 0 and (done := mend(last)):
+        log.warning("%s", done)
+    return last
 
 
 def _run(verb: str, composed: Composed, flags: Sequence[str], checkpoint: Path | None, continued: bool) -> int:
@@ -356,7 +366,7 @@ def compare_with_checkpoint(model: LightningModule, path: Path, shown: int = 6) 
     ours = model.state_dict()
     if not ours:  # built later, by configure_model
         return
-    theirs = read_checkpoint(path)["state_dict"]
+    theirs = read_checkpoint(path, weights=False)["state_dict"]
     missing = [name for name in ours if name not in theirs]
     unexpected = [name for name in theirs if name not in ours]
     shapes = [

@@ -91,7 +91,7 @@ def ask(checkpoint: Path, tasks: Sequence[str], overrides: Sequence[str], flags:
     from seqlong.launch import launch
     from seqlong.report import write_report
 
-    stored = read_checkpoint(checkpoint).get(CONFIG_KEY)
+    stored = read_checkpoint(checkpoint, weights=False).get(CONFIG_KEY)
     if not isinstance(stored, dict):
         raise CheckpointError(f"{checkpoint} holds no configuration, so its model is not known")
     model = to_house(stored)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from seqlong import runs
 from seqlong.errors import CheckpointError, ConfigError, nearest
+from seqlong.parallel import parts
+from seqlong.parallel.saver import publish, sweep
 
 log = logging.getLogger("seqlong")
 
@@ -55,11 +57,14 @@ class AtomicCheckpointIO(CheckpointIO):
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+        names = storage_options or {}
+        publish(target, names.get("links", ()), names.get("stale", ()))
+        sweep(target.parent)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        return read_checkpoint(path)
+        return read_checkpoint(path, moments=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
@@ -89,6 +94,7 @@ class Checkpoints(Checkpoint):
         self._validating = False
         self._config: dict[str, Any] | None = None
         self._checked = False
+        self._trouble: str | None = None
 
     # --- where ---------------------------------------------------------------------------------------------------
 
@@ -110,6 +116,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero and stage == "fit":
             for left in self.folder(trainer).glob(".*.tmp"):  # by a process that was killed while it wrote
                 left.unlink(missing_ok=True)
+            sweep(self.folder(trainer), unfinished=True)
 
     # --- when ----------------------------------------------------------------------------------------------------
 
@@ -117,6 +124,9 @@ class Checkpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
+        saver = getattr(trainer.strategy, "saver", None)
+        if saver is not None and (trouble := saver.trouble()) is not None:
+            self._told(trainer, trouble)
         if step == self._saved_step or trainer.fit_loop._should_accumulate():
             return
         # Saved here and not at the end of training, where Lightning counts the epoch as over and would start another.
@@ -146,22 +156,48 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._saved_step != trainer.global_step:
             self.save_last(trainer, must=True)
+        elif (saver := getattr(trainer.strategy, "saver", None)) is not None:
+            saver.wait()
 
     # --- how -----------------------------------------------------------------------------------------------------
 
-    def save_last(self, trainer: Trainer, must: bool = False) -> bool:
+    def save_last(
+        self, trainer: Trainer, must: bool = False, best: str | None = None, stale: str | None = None
+    ) -> bool:
         """Write last.ckpt, on all ranks together. A failure (a full disk) is a warning, since the state lives on in
-        memory and the next write may succeed, or a CheckpointError when there is no next (``must``)."""
+        memory and the next write may succeed, or a CheckpointError when there is no next (``must``).
+
+        A strategy that writes in the background goes on with that after this returns, but for ``must``; what went wrong
+        with the checkpoint before is told first.
+
+        Args:
+            trainer: whose.
+            must: no other will follow.
+            best: a name that this checkpoint gets too.
+            stale: the name of one that is not needed after that.
+        """
         path = self.folder(trainer) / LAST
+        saver = getattr(trainer.strategy, "saver", None)
         try:
-            trainer.save_checkpoint(path)
-        except (OSError, RuntimeError) as error:
-            if not _is_write_failure(error):
+            if saver is not None:
+                saver.wait()
+        except CheckpointError as error:
+            self._told(trainer, str(error))
+        self._trouble = None
+        try:
+            names = {"links": (best,) if best else (), "stale": (stale,) if stale else ()}
+            trainer.save_checkpoint(path, storage_options=names)
+            if must and saver is not None:
+                saver.wait()
+        except (OSError, RuntimeError, CheckpointError) as error:
+            if not isinstance(error, CheckpointError) and not _is_write_failure(error):
                 raise
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
-            free = shutil.disk_usage(path.parent).free / 2**30
-            earlier = f"the one of step {self._saved_step} is whole" if path.exists() else "there is none before it"
-            message = f"cannot write {path}: {_reason(error)} ({free:.2f} GiB free); {earlier}"
+            message = str(error)
+            if not isinstance(error, CheckpointError):
+                free = shutil.disk_usage(path.parent).free / 2**30
+                earlier = f"the one of step {self._saved_step} is whole" if path.exists() else "there is none before it"
+                message = f"cannot write {path}: {_reason(error)} ({free:.2f} GiB free); {earlier}"
             if must:
                 raise CheckpointError(f"{message}. Make room and continue with --ckpt_path last") from error
             log.warning("%s. Training goes on and tries again", message)
@@ -169,22 +205,17 @@ class Checkpoints(Checkpoint):
         self._saved_step = trainer.global_step
         return True
 
+    def _told(self, trainer: Trainer, trouble: str) -> None:
+        """Say once, on one rank, that what was written in the background is not there."""
+        if self._trouble != trouble and trainer.is_global_zero:
+            log.error("%s. Training goes on and tries again", trouble)
+        self._trouble = trouble
+
     def _save_best(self, trainer: Trainer, value: float) -> None:
         earlier, before = self.best_name, self.best_value
         self.best_value, self.best_name = value, f"best-{trainer.global_step}-{value:.4f}.ckpt"  # part of what is saved
-        if not self.save_last(trainer):
+        if not self.save_last(trainer, best=self.best_name, stale=earlier):
             self.best_value, self.best_name = before, earlier
-            return
-        if trainer.is_global_zero:
-            folder = self.folder(trainer)
-            best = folder / self.best_name
-            best.unlink(missing_ok=True)
-            try:
-                os.link(folder / LAST, best)  # last.ckpt is replaced, never written over, so a link is a copy
-            except OSError:
-                shutil.copyfile(folder / LAST, best)
-            if earlier and earlier != self.best_name:
-                (folder / earlier).unlink(missing_ok=True)
 
     def _better(self, value: float) -> bool:
         if value != value:
@@ -234,13 +265,19 @@ def validation_is_due(trainer: Trainer) -> bool:
     return progress.completed < progress.ready and progress.ready % every == 0
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, weights: bool = True, moments: bool = False) -> dict[str, Any]:
     """Load a checkpoint of tensors and primitives (``weights_only``) into memory of the CPU.
+
+    Args:
+        path: a file; of a checkpoint in parts its head, such as ``last.ckpt``, or its folder.
+        weights: of a checkpoint in parts, read the weights too; else they are on the device ``meta``. (Those of a whole
+            one are read as they are used.)
+        moments: the same of what the optimiser holds.
 
     Raises:
         CheckpointError: no such file, a file cut short, or one that holds other Python objects.
     """
-    path = Path(path)
+    path = parts.head_of(Path(path))
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
@@ -253,7 +290,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{path} is not a checkpoint of a run: it has no 'state_dict'")
-    return content
+    folder = parts.folder_of(path, content)
+    if folder is None:
+        return content
+    wanted = {"state_dict": weights, "optimizer_states": moments}
+    tensors = parts.shapes(folder) | parts.read(folder, lambda name: wanted[name.partition("/")[0]])
+    del content[parts.PARTS_KEY]
+    return dict(parts.put_together(content, tensors.__getitem__))
 
 
 def _check_plain(value: Any, path: str) -> None:

@@ -20,6 +20,7 @@ from seqlong.backbone import Backbone
 from seqlong.batch import SequenceBatch
 from seqlong.callbacks.checkpoints import CONFIG_KEY, DATA_KEY, read_checkpoint
 from seqlong.errors import CheckpointError, ConfigError
+from seqlong.parallel.parts import head_of
 from seqlong.state import BackboneState
 
 log = logging.getLogger("seqlong")
@@ -167,7 +168,7 @@ def find(checkpoint: str | Path, root: str | Path = "runs") -> Path:
     if str(checkpoint) in ("last", "best"):
         run = runs.newest(root)
         return run / "checkpoints" / "last.ckpt" if str(checkpoint) == "last" else runs.best_checkpoint(run)
-    path = Path(checkpoint).expanduser()
+    path = head_of(Path(checkpoint).expanduser())
     if path.is_dir():
         run = path.parent if path.name == "checkpoints" else path
         last = run / "checkpoints" / "last.ckpt"

@@ -63,7 +63,7 @@ def command(words: Sequence[str]) -> int:
     parser.add_argument("--shown", type=integer, default=5, help="parts to list of each split")
     given = parser.parse_args(list(words))
     path = find(given.ckpt, given.root)
-    card = read_checkpoint(path).get(DATA_KEY)
+    card = read_checkpoint(path, weights=False).get(DATA_KEY)
     if not card:
         from seqlong import runs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from seqlong.errors import ConfigError
+from seqlong.errors import CheckpointError, ConfigError
 from seqlong.ffn import MoE
+from seqlong.parallel.parts import folder_of, put_together, read_head, read_into, shapes
 from seqlong.parallel.strategy import SequenceParallel
+
+#: Bytes that a checkpoint has for a parameter: the weight and two moments, in float32.
+BYTES = 12
+#: Bytes from which on checkpoints are in parts, if nothing is said: more takes one process long to gather and write.
+LARGE = 8 << 30
 
 
 class FullyShard(SequenceParallel):
@@ -30,8 +37,9 @@ class FullyShard(SequenceParallel):
     as well, as ``SequenceParallel`` does. Loss, gradients, clipping and steps are those of one process. Weights are
     gathered, and gradients added up, in float32; mixed precision is ``trainer.precision``'s, as everywhere.
 
-    Checkpoints are whole, and the same as those of any other strategy: a run may go on with another one, or on another
-    number of processes.
+    Checkpoints are whole, and the same as those of any other strategy, or, from 8 GiB of weights and moments on, in
+    parts: each process writes what it holds. A run may go on from either with another strategy, or on another number of
+    processes, each of which reads its own part.
 
     Args:
         degree: processes that share a row; 1: each has rows of its own; all there are if null.
@@ -43,6 +51,8 @@ class FullyShard(SequenceParallel):
         keep_gathered: keep a block's weights from the forward to the backward pass: one gathering less, at the memory
             of all weights.
         timeout_minutes: how long a process waits for another before it gives up.
+        in_parts: checkpoints in parts: ``true``, ``false``, or null: from 8 GiB on.
+        background: write checkpoints in parts while training goes on, from a copy in the host's memory.
     """
 
     def __init__(
@@ -53,14 +63,19 @@ class FullyShard(SequenceParallel):
         expert_parallel: bool = False,
         keep_gathered: bool = False,
         timeout_minutes: float = 30.0,
+        in_parts: bool | None = None,
+        background: bool = True,
     ) -> None:
-        super().__init__(degree=degree, passes=passes, timeout_minutes=timeout_minutes)
+        super().__init__(
+            degree=degree, passes=passes, timeout_minutes=timeout_minutes, in_parts=in_parts, background=background
+        )
         if replicas < 1:
             raise ConfigError(f"FSDP2 needs 1 replica or more, found replicas={replicas}")
         if expert_parallel and replicas > 1:
             raise ConfigError("experts on several processes have one replica: set replicas=1 or expert_parallel=false")
         self.replicas, self.expert_parallel, self.keep_gathered = replicas, expert_parallel, keep_gathered
         self._weights: DeviceMesh | None = None
+        self._from: tuple[Path, dict[str, Any]] | None = None  # parts that weights are to be read from, and their head
 
     # --- what is where -------------------------------------------------------------------------------------------
 
@@ -84,8 +99,11 @@ class FullyShard(SequenceParallel):
         self.precision_plugin.convert_module(self.lightning_module)
         assert self._weights is not None
         shard(self.lightning_module, self._weights, self.root_device, self.expert_parallel, self.keep_gathered)
+        self._read_weights(self.lightning_module)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
+        else:
+            self._from = None
         self.setup_precision_plugin()
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False  # what is gathered under it could not be trained with
@@ -125,26 +143,90 @@ class FullyShard(SequenceParallel):
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole weights, on the CPU of the first process; nothing elsewhere."""
+    @property
+    def writes_parts(self) -> bool:
+        if self.in_parts is not None:
+            return self.in_parts
         assert self.lightning_module is not None
-        return self._whole(self.lightning_module.state_dict())
+        return BYTES * sum(parameter.numel() for parameter in self.lightning_module.parameters()) >= LARGE
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole weights, on the CPU of the first process, nothing elsewhere; or those of this process."""
+        assert self.lightning_module is not None
+        state = self.lightning_module.state_dict()
+        return state if self.writes_parts else self._whole(state)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole moments, on the CPU of the first process; nothing elsewhere."""
+        """The whole moments, on the CPU of the first process, nothing elsewhere; or those of this process."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
-        return self._whole(optimizer.state_dict())
+        return optimizer.state_dict() if self.writes_parts else self._whole(optimizer.state_dict())
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """A checkpoint; of one in parts what is not large, and the shapes of what is."""
+        path = Path(checkpoint_path)
+        head = read_head(path)
+        folder = None if head is None else folder_of(path, head)
+        if head is None or folder is None:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        known = shapes(folder)
+        self._from = folder, put_together(head, known.__getitem__)
+        return dict(self._from[1])
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Take the weights; those in parts when the model is in parts too (``setup``)."""
+        if self._from is None:
+            super().load_model_state_dict(checkpoint, strict)
+            return
+        assert self.lightning_module is not None
+        ours, theirs = set(self.lightning_module.state_dict()), set(checkpoint["state_dict"])
+        if strict and (wrong := sorted(ours ^ theirs)):
+            where = "the model" if wrong[0] in theirs else self._from[0]
+            raise CheckpointError(f"{self._from[0]} is of another architecture: {wrong[0]} is not in {where}")
+
+    def _read_weights(self, model: nn.Module) -> None:
+        if self._from is None:
+            return
+        folder, head = self._from
+        saved = {name: value for name, value in head["state_dict"].items() if name in model.state_dict()}
+        ours = {name: model.state_dict()[name] for name in saved}
+        read_into(folder, {f"state_dict/{n}": ours[n] for n in saved if saved[n].is_meta}, self._cpu_group)
+        with torch.no_grad():
+            for name, value in saved.items():
+                if not value.is_meta:
+                    ours[name].copy_(self._part(value, ours[name]))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take this process's part of whole moments."""
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        """Take this process's part of the moments."""
+        targets: dict[str, Tensor] = {}
+        made = []
+        for place, (optimizer, saved) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"], strict=True)):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            state = {
-                number: {name: self._part(value, parameters[number]) for name, value in values.items()}
-                for number, values in saved["state"].items()
-            }
-            optimizer.load_state_dict({**saved, "state": state})
+            state: dict[int, dict[str, Any]] = {}
+            for number, values in saved["state"].items():
+                state[number] = {name: self._room(value, parameters[number]) for name, value in values.items()}
+                for name, value in values.items():
+                    if isinstance(value, Tensor) and value.is_meta:
+                        targets[f"optimizer_states/{place}/state/{number}/{name}"] = state[number][name]
+            made.append((optimizer, {**saved, "state": state}))
+        if self._from is not None:
+            read_into(self._from[0], targets, self._cpu_group)
+            self._from = None
+        for optimizer, content in made:
+            optimizer.load_state_dict(content)
+
+    @property
+    def _cpu_group(self) -> dist.ProcessGroup:
+        assert self.saver is not None
+        return self.saver.group
+
+    def _room(self, value: Any, parameter: Tensor) -> Any:
+        """This process's part of a moment, or room for it where it is in parts."""
+        if not isinstance(value, Tensor) or not value.is_meta:
+            return self._part(value, parameter)
+        if value.shape == parameter.shape:
+            return torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False)
+        return torch.zeros_like(value, device=self.root_device)
 
     def _whole(self, value: Any) -> Any:
         """``value`` with every part made whole: by all processes together, in one order."""
@@ -166,6 +248,7 @@ class FullyShard(SequenceParallel):
 
     def teardown(self) -> None:
         """Let go of the machine. (The parts stay where they are: no process could use them alone.)"""
+        self._finish_writing()
         assert self.cluster_environment is not None and self.accelerator is not None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()

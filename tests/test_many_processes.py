@@ -1,0 +1,122 @@
+"""Several processes: checkpoints in parts, a rank that is stuck, ranks that differ. One process imports torch and forks
+all others (tests/many_processes.py)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from many_processes import fit
+
+from seqlong.callbacks.checkpoints import read_checkpoint
+from seqlong.errors import CheckpointError
+from seqlong.parallel.parts import HEAD, lacking, mend
+from seqlong.parallel.saver import sweep
+
+Found = tuple[Path, dict[str, list[dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    folder = tmp_path_factory.mktemp("runs")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("many_processes.py")), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, json.loads(done.stdout)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Step -> loss."""
+    with (run / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row["value"]) for row in csv.DictReader(file) if row["name"] == "train/loss"}
+
+
+def test_parts_of_two_processes_go_on_on_one_and_on_four(found: Found) -> None:
+    """Losses are those of a run that was never stopped; what was being written when it ended is there."""
+    folder, ended = found
+    assert {one["status"] for name in ("one", "two", "on one", "on four") for one in ended[name]} == {0}
+    whole = losses(folder / "one")
+    assert sorted(losses(folder / "two")) == [0, 1, 2, 3]
+    for name, steps in (("on one", [4, 5, 6, 7]), ("on four", [4, 5])):
+        after = losses(folder / name)
+        assert sorted(after) == steps
+        assert after == pytest.approx({step: whole[step] for step in steps}, rel=1e-6), name
+
+
+def test_a_checkpoint_in_parts_is_read_as_a_whole_one(found: Found) -> None:
+    """Best and last; weights, moments, and what nobody names any more is gone."""
+    folder, _ = found
+    checkpoints = folder / "two" / "checkpoints"
+    content = read_checkpoint(checkpoints / "last.ckpt", moments=True)
+    whole = torch.load(folder / "one" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content.keys() == whole.keys() and content["global_step"] == 4
+    assert {n: (v.shape, v.dtype) for n, v in content["state_dict"].items()} == {
+        n: (v.shape, v.dtype) for n, v in whole["state_dict"].items()
+    }
+    moments = content["optimizer_states"][0]["state"]
+    assert all(
+        moments[n]["exp_avg"].abs().sum() > 0 and moments[n]["step"] == 4 for n in whole["optimizer_states"][0]["state"]
+    )
+    assert read_checkpoint(checkpoints / "last.ckpt", weights=False)["state_dict"]["embedding.weight"].is_meta
+    (best,) = checkpoints.glob("best-3-*.ckpt")
+    assert read_checkpoint(best)["global_step"] == 3
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        best.name, "last.ckpt", "step-00000003", "step-00000004"
+    ]  # fmt: skip
+
+
+def test_killed_while_it_writes_the_checkpoint_before_is_found(found: Found, tmp_path: Path) -> None:
+    folder, ended = found
+    run = folder / "killed"
+    assert [one["status"] for one in ended["killed"]] == [-9, -9]
+    assert sorted(losses(run)) == [0, 1, 2, 3, 4], "steps went on while that of step 4 was written"
+    unfinished = run / "checkpoints" / "step-00000004"
+    assert unfinished.is_dir() and "not written to its end" in str(lacking(unfinished))
+    assert mend(run / "checkpoints" / "last.ckpt") is None
+    fit(run, 8, start=run / "checkpoints" / "last.ckpt")
+    whole = losses(folder / "one")
+    assert losses(run) == pytest.approx(whole, rel=1e-6)
+    assert not unfinished.exists() and read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 8
+
+
+def test_a_part_that_cannot_be_written_is_named(found: Found) -> None:
+    folder, ended = found
+    first, second = ended["full"]
+    assert "step-00000008 in parts: rank 1: File too large; step-00000006 is whole. Training goes on" in first["log"]
+    for one in (first, second):
+        assert one["error"].startswith("CheckpointError: cannot write the checkpoint")
+        assert "step-00000010 in parts: rank 1: File too large; step-00000006 is whole" in one["error"]
+    assert read_checkpoint(folder / "full" / "checkpoints" / "last.ckpt")["global_step"] == 6
+
+
+def test_parts_that_are_not_whole(found: Found) -> None:
+    """The newest whole one takes their place, and what is wrong is said."""
+    checkpoints = found[0] / "two" / "checkpoints"
+    last, part = checkpoints / "last.ckpt", checkpoints / "step-00000004" / "__1_0.distcp"
+    kept = part.read_bytes()
+    part.write_bytes(kept[:-1])
+    with pytest.raises(
+        CheckpointError, match=rf"has {len(kept) - 1:,} bytes, instead of its {len(kept):,} bytes.*0003"
+    ):
+        read_checkpoint(last)
+    damaged = kept.replace(kept[200:300], b"x" * 100)
+    part.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="cannot be read: rank 0"):
+        read_checkpoint(last)
+    part.write_bytes(kept[:-1])
+    assert "going on from step-00000003" in str(mend(last))
+    assert read_checkpoint(last)["global_step"] == read_checkpoint(checkpoints / "step-00000003")["global_step"] == 3
+    sweep(checkpoints)
+    assert not part.exists() and (checkpoints / "step-00000003" / HEAD).is_file()
