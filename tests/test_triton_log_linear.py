@@ -87,8 +87,8 @@ def runs_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("runs_in_torch")
 @pytest.mark.skipif(not runtime.INTERPRETED, reason="on a GPU the Triton kernels themselves are tested")
 @pytest.mark.parametrize("share", [0.0, 0.06, 1.0])
-@pytest.mark.parametrize(("length", "levels"), [(1, 1), (2, 3), (3, 3), (64, 7), (65, 8), (100, 12)])
-@pytest.mark.parametrize("gate", ["usual", "none", "forgets", "mixed"])
+@pytest.mark.parametrize(("length", "levels"), [(1, 1), (3, 3), (32, 6), (65, 12)])
+@pytest.mark.parametrize("gate", ["usual", "forgets"])
 @pytest.mark.parametrize("form", ["scalar", "delta"])
 def test_levels_are_runs(form: str, gate: str, length: int, levels: int, share: float) -> None:
     inputs = draw(form, 2, length, 2, 4, 10, 6, levels, gate=gate, dtype=torch.float32)
