@@ -55,6 +55,7 @@ PEERS: dict[str, dict[str, Peers]] = {
         "Based": Peers("BasedLinearAttention", "", "", "based (Linear-MoE)", "Taylor feature map"),
         "Bidirectional": Peers(also="BiMamba, two directions, masked modelling"),
         "CosFormer2": Peers(also="LRPE, linear attention with cosine decay, xmixers"),
+        "Convolution": Peers(also="CNN, motif, position weight matrix, convolution stem"),
         "DeltaNet": Peers("DeltaNet", "", "", "deltanet (Linear-MoE)", "delta rule, fast weights"),
         "DifferentialAttention": Peers("", "", "DiffLlamaAttention", "", "Diff Transformer, differential transformer"),
         "GLA": Peers("GatedLinearAttention", "", "", "gla (Linear-MoE)", "gated linear attention, ReGLA"),

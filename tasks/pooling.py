@@ -127,8 +127,10 @@ class Pool(nn.Module):
     - ``last``: that of the last position, which has seen the whole record where mixers are causal.
     - ``max``: the largest of each channel.
     - ``attentive``: ``Σ a_t h_t``, ``a = softmax(w·h_t / √d)`` over the record, w learnt, 0 at first (the mean).
-    - ``places``: ``Σ p_i(t) h_t / √n``, a learnt weight for each place and channel, 1 at first. For records
-      that are aligned, as around a start or a splice site. Place ``i(t) = t``; beyond 512 bases, its stretch.
+    - ``places``: ``Σ p_i(t) h_t / √n``, a learnt weight for each place and channel, normal at first. For records
+      that are aligned, as around a start or a splice site. Place ``i(t) = t``; beyond 512 bases, its stretch. (Were all
+      weights 1 at first, the sum would tell no place from another until each weight had moved by its own size, which
+      took a thousand steps of Adam.)
     - ``echo``: the mean over the second copy of a record that was read twice (``repeated``).
 
     Args:
@@ -142,7 +144,7 @@ class Pool(nn.Module):
         self.query = nn.Parameter(torch.zeros(width)) if how == "attentive" else None
         if self.query is not None:
             self.query._no_weight_decay = True  # type: ignore[attr-defined]
-        self.places = nn.Parameter(torch.ones(PLACES, width)) if how == "places" else None
+        self.places = nn.Parameter(torch.randn(PLACES, width)) if how == "places" else None
         if self.places is not None:
             self.places._no_weight_decay = True  # type: ignore[attr-defined]
 

@@ -25,6 +25,7 @@ from seqlong.mixers import (
     Attention,
     Based,
     Bidirectional,
+    Convolution,
     CosFormer2,
     DeltaNet,
     DifferentialAttention,
@@ -137,6 +138,7 @@ MIXERS: dict[str, Callable[[int], Mixer]] = {
     "parallel_both_sides": partial(
         Parallel, mixers={"a": partial(Attention, heads=2, causal=False), "g": partial(GLA, heads=2)}
     ),
+    "convolution": partial(Convolution, width=5, channels=6),
     "prefix_attention": partial(PrefixAttention, heads=4, kv_heads=2),
     "prefix_mamba2": partial(PrefixMixer, mixer=partial(Mamba2, d_state=8, head_dim=8)),
     "mamba2_both_sides": partial(Bidirectional, mixer=partial(Mamba2, d_state=8, head_dim=8)),

@@ -123,6 +123,16 @@ def test_pooling_is_what_the_formulas_say() -> None:
             torch.testing.assert_close(found[how][number], value, atol=1e-5, rtol=1e-5)
 
 
+def test_places_are_told_apart_from_the_first_step() -> None:
+    """Else a thousand steps go by before sequences that are aligned teach anything."""
+    spans = Spans(torch.tensor([0]), torch.tensor([59]), 1, 60)
+    hidden = torch.randn(1, 60, 32)
+    pool = Pool(32, "places")
+    given, turned = pool(hidden, spans), pool(hidden.flip(1), spans)
+    assert (given - turned).norm() > 0.5 * given.norm()
+    assert 0.5 < (given.std() / hidden.std()).item() < 2, "as large as the states"
+
+
 def test_training_turns_half_of_the_records_and_evaluation_none() -> None:
     task = SequenceClassification(architecture(), 2, rc="augment")
     many = batch_of([[4, 4, 5]] * 400, [[n] for n in range(400)], 3)

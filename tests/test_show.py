@@ -28,7 +28,7 @@ from seqlong.kernels.probes import PROBES
 from seqlong.kernels.scalar_decay.reference import scalar_decay_reference
 from seqlong.kernels.vector_decay.reference import vector_decay_reference
 from seqlong.layout import SequenceLayout
-from seqlong.mixers import Attention, Bidirectional, Mamba2, Mixer, MoBA, NativeSparseAttention, PrefixMixer
+from seqlong.mixers import Attention, Bidirectional, Convolution, Mamba2, Mixer, MoBA, NativeSparseAttention, PrefixMixer
 from seqlong.show import repeated, show
 from seqlong.words import PEERS, vocabulary
 
@@ -38,7 +38,7 @@ MIXERS = {
     for name in seqlong.mixers.__all__
     if inspect.isclass(target := getattr(seqlong.mixers, name))
     and issubclass(target, Mixer)
-    and target not in (Mixer, Bidirectional, PrefixMixer)
+    and target not in (Mixer, Bidirectional, Convolution, PrefixMixer)
 }
 VARIANTS: dict[str, Any] = {
     **{name: mixer for name, mixer in MIXERS.items() if not mixer.reads_memory},  # those: tests/test_sharing.py

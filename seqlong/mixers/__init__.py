@@ -3,6 +3,7 @@
 from seqlong.mixers.attention import Attention
 from seqlong.mixers.base import Mixer, MixerFactory, MixerState
 from seqlong.mixers.bidirectional import Bidirectional
+from seqlong.mixers.convolution import Convolution
 from seqlong.mixers.deltanet import KDA, DeltaNet, GatedDeltaNet
 from seqlong.mixers.diagonal import S4D, Mamba1
 from seqlong.mixers.differential import DifferentialAttention
@@ -42,6 +43,7 @@ __all__ = [
     "Attention",
     "Based",
     "Bidirectional",
+    "Convolution",
     "CosFormer2",
     "DeltaNet",
     "DifferentialAttention",
