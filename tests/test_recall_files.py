@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from seqlong.datamodules.synthetic import Babilong, LongRangeArena, SyntheticData
 from seqlong.datamodules.synthetic.draw import Draw
@@ -104,6 +105,64 @@ def test_image(tmp_path: Path) -> None:
     assert records[1][0] == bytes([round(29.9 + 29.35 + 1.14)]) * 1024
     with pytest.raises(DataError, match="expected a multiple of 3,073"):
         task.records(2)
+
+
+def pathfinder(folder: Path, count: int) -> Path:
+    """A difficulty of Pathfinder as the release has it: pictures of 4 x 4 in two folders, and what they are."""
+    for part in range(2):
+        lines = []
+        (folder / "imgs" / str(part)).mkdir(parents=True)
+        for number in range(170, 170 + count):
+            grey = np.arange(16, dtype=np.uint8).reshape(4, 4) + part * 100 + number - 170
+            Image.fromarray(grey).save(folder / "imgs" / str(part) / f"sample_{number}.png")
+            lines.append(f"imgs/{part} sample_{number}.png {number} {(part + number) % 2} 1.8 2 14 6.0\n")
+        (folder / "metadata").mkdir(exist_ok=True)
+        (folder / "metadata" / f"{part}.npy").write_text("".join(lines))
+    return folder
+
+
+def test_pathfinder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = pathfinder(tmp_path / "pathfinder32" / "curv_baseline", 20)
+    (folder / "imgs" / "0" / "sample_172.png").write_bytes(b"")
+    with caplog.at_level("WARNING", "seqlong"):
+        task = LongRangeArena("pathfinder", str(folder))
+        parts = [task.records(part) for part in range(3)]
+    assert "sample_172.png" in caplog.text
+    assert [len(part) for part in parts] == [31, 4, 4]
+    seen = {}
+    for part in parts:
+        for number in range(len(part)):
+            picture, label = part[number]
+            first = picture[0]
+            assert picture == bytes(range(first, first + 16)) and first not in seen
+            assert int(label) == ((first % 100) + first // 100) % 2  # 170 is even
+            seen[first] = label
+    assert len(seen) == 39 and 2 not in seen
+    (given, answer), = asked(task, 2, 1, 26)  # fmt: skip
+    assert given == parts[2][0][0] + b"\nAnswer:" and answer == b" " + parts[2][0][1].encode()
+    assert task.chance() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("broken", "complaint"),
+    [("root", "no metadata.*choose one of curv_baseline"), ("label", r"0.npy:1: 'imgs/0 sample_170.png 170 2'"),
+     ("missing", "sample_17.*no such file, but the metadata"), ("torn", "no picture that can be read"),
+     ("size", r"\(4, 6\) large; expected \(4, 4\)"), ("few", "lists 2 pictures, too few for validation")],
+    ids=["root", "label", "missing", "torn", "size", "few"],
+)  # fmt: skip
+def test_pathfinder_of_another_form(broken: str, complaint: str, tmp_path: Path) -> None:
+    folder = pathfinder(tmp_path / "curv_baseline", 1 if broken == "few" else 10)
+    for picture in sorted(folder.glob("imgs/*/*.png"))[1:]:
+        if broken == "missing":
+            picture.unlink()
+        elif broken == "torn":
+            picture.write_bytes(picture.read_bytes()[:40])
+        elif broken == "size":
+            Image.fromarray(np.zeros((4, 6), dtype=np.uint8)).save(picture)
+    if broken == "label":
+        (folder / "metadata" / "0.npy").write_text("imgs/0 sample_170.png 170 2\n")
+    with pytest.raises(DataError, match=complaint):
+        asked(LongRangeArena("pathfinder", str(tmp_path if broken == "root" else folder)), 1, 2, 40)
 
 
 @pytest.mark.parametrize(

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
+from seqlong.datamodules.sampler import permute
 from seqlong.datamodules.synthetic.draw import Draw
 from seqlong.datamodules.synthetic.generator import RecallTask, Rows
 from seqlong.datamodules.synthetic.language import Encoding
 from seqlong.errors import DataError, located
 
+log = logging.getLogger("seqlong")
+
 #: A record: what is given, and the answer.
 Record = tuple[bytes, str]
 PARTS = ("train", "validation", "test")
-Arena = Literal["listops", "text", "retrieval", "image"]
+Arena = Literal["listops", "text", "retrieval", "image", "pathfinder"]
 #: Of each task: its classes, and its file or folder of each part.
 ARENA: dict[str, tuple[int, tuple[str, str, str]]] = {
     "listops": (10, ("basic_train.tsv", "basic_val.tsv", "basic_test.tsv")),
     "text": (2, ("train", "test", "test")),
     "retrieval": (2, ("new_aan_pairs.train.tsv", "new_aan_pairs.eval.tsv", "new_aan_pairs.test.tsv")),
     "image": (10, ("data_batch_*.bin", "test_batch.bin", "test_batch.bin")),
+    "pathfinder": (2, PARTS),
 }
 _IMAGE = 1 + 3 * 1024  # a label, then the red, green and blue of 32 x 32
+#: The release has one picture without content, at this place of curv_baseline of the size of 32.
+_EMPTY = ("imgs/0", "sample_172.png")
 
 
 class FromFiles(RecallTask):
@@ -104,6 +112,9 @@ class LongRangeArena(FromFiles):
     ``listops``: the TSV files of the release; ``text``: IMDB's folders ``train`` and ``test`` with ``pos`` and ``neg``;
     ``retrieval``: the TSV pairs of AAN; ``image``: CIFAR-10's binary version, in grey. What is too long for a row is
     cut at its end, two documents each at theirs. Text and image have no validation of their own: it is their test.
+    ``pathfinder``: one difficulty of one size, such as ``pathfinder32/curv_contour_length_14``, with its folders
+    ``imgs`` and ``metadata``; pathfinder128 is Path-X. Its pictures are not divided by the release: a fixed tenth of
+    them is the validation, another the test.
 
     Args:
         task: which.
@@ -123,7 +134,8 @@ class LongRangeArena(FromFiles):
     def records(self, part: int) -> Records:
         if part not in self._held:
             name = ARENA[self.task][1][part]
-            reader = {"listops": _Listops, "retrieval": _Pairs, "text": _Reviews, "image": _Images}[self.task]
+            reader = {"listops": _Listops, "retrieval": _Pairs, "text": _Reviews, "image": _Images,
+                      "pathfinder": _Paths}[self.task]  # fmt: skip
             self._held[part] = reader(Path(self.path), name)
         return self._held[part]
 
@@ -293,3 +305,75 @@ class _Images(Records):
         red, green, blue = record[1:].reshape(3, -1).astype(np.float64)
         grey = np.rint(0.299 * red + 0.587 * green + 0.114 * blue).astype(np.uint8)
         return grey.tobytes(), str(record[0])
+
+
+class _Paths(Records):
+    """Pathfinder's pictures, as bytes of grey, row by row; ``metadata/*.npy`` are lines of text that say which there
+    are: folder, file, a number, whether a path joins the two points, and how it was drawn."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, f"{folder} {name}"
+        self._entries = _listed(folder)
+        count, part = len(self._entries), PARTS.index(name)
+        ends = [0, count * 8 // 10, count * 9 // 10, count]
+        self._chosen = permute(np.arange(ends[part], ends[part + 1]), count, 0)
+        if not len(self._chosen):
+            raise DataError(f"{folder} lists {count} pictures, too few for {name}; expected 10 or more")
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, number: int) -> Record:
+        name, label = self._entries[self._chosen[number]]
+        return self._picture(name).tobytes(), label
+
+    @cached_property
+    def _shape(self) -> tuple[int, ...]:
+        return self._picture(self._entries[0][0], check=False).shape
+
+    def _picture(self, name: str, check: bool = True) -> np.ndarray:
+        path = self.folder / name
+        try:
+            with Image.open(path) as image:
+                grey = np.asarray(image.convert("L"))
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{path}: there is no such file, but the metadata name it; unpack the release again"
+            ) from error
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise DataError(
+                f"{path} ({path.stat().st_size:,} bytes) is no picture that can be read: {error}"
+            ) from error
+        if check and grey.shape != self._shape:
+            raise DataError(f"{path} is {grey.shape} large; expected {self._shape}, as {self._entries[0][0]}")
+        return grey
+
+
+def _listed(folder: Path) -> list[tuple[str, str]]:
+    """File and label of each picture, in the order of the metadata."""
+    lists = sorted((folder / "metadata").glob("*.npy"), key=lambda path: (len(path.stem), path.stem))
+    if not lists:
+        inside = sorted(path.parent.name for path in folder.glob("*/metadata"))
+        hint = f"choose one of {', '.join(inside)} in it" if inside else "such as pathfinder32/curv_contour_length_14"
+        raise DataError(f"{folder} has no metadata/*.npy; expected a difficulty of Pathfinder: {hint}")
+    found = []
+    for path in lists:
+        try:
+            lines = path.read_text(encoding="ascii").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not text; expected lines such as 'imgs/0 sample_0.png 0 1 ...'") from error
+        for line, text in enumerate(lines, 1):
+            fields = text.split()
+            if len(fields) < 4 or fields[3] not in ("0", "1"):
+                raise DataError(
+                    located(path, line, f"'{text[:60]}'; expected 'imgs/0 sample_0.png 0 1 ...', 0 or 1 last")
+                )
+            if (
+                (fields[0], fields[1]) == _EMPTY
+                and (empty := folder / "/".join(_EMPTY)).is_file()
+                and not empty.stat().st_size
+            ):
+                log.warning("%s: left out, the release has it without content", empty)
+                continue
+            found.append((f"{fields[0]}/{fields[1]}", fields[3]))
+    return found
