@@ -28,7 +28,16 @@ from seqlong.kernels.probes import PROBES
 from seqlong.kernels.scalar_decay.reference import scalar_decay_reference
 from seqlong.kernels.vector_decay.reference import vector_decay_reference
 from seqlong.layout import SequenceLayout
-from seqlong.mixers import Attention, Bidirectional, Convolution, Mamba2, Mixer, MoBA, NativeSparseAttention, PrefixMixer
+from seqlong.mixers import (
+    Attention,
+    Bidirectional,
+    Convolution,
+    Mamba2,
+    Mixer,
+    MoBA,
+    NativeSparseAttention,
+    PrefixMixer,
+)
 from seqlong.show import repeated, show
 from seqlong.words import PEERS, vocabulary
 
