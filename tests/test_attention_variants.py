@@ -21,6 +21,7 @@ from seqlong.mixers import (
     Bidirectional,
     CosFormer2,
     DifferentialAttention,
+    GatedMemoryUnit,
     Mixer,
     MoBA,
     NativeSparseAttention,
@@ -491,3 +492,5 @@ def test_wrapped_mixers_are_told_their_place() -> None:
     assert mixer.mixer.lambda_start == pytest.approx(0.8 - 0.6 * math.exp(-0.9))
     with pytest.raises(ValueError, match="sees both sides"):
         Scout(WIDTH, mixer=partial(Attention, heads=2, causal=False), heads=2)
+    with pytest.raises(ValueError, match="reads another block's memory"):
+        Scout(WIDTH, mixer=GatedMemoryUnit, heads=2)

@@ -6,11 +6,13 @@ import pytest
 import torch
 from mixer_cases import WIDTH, close, make, packed, plain, rows
 
+from seqlong.layout import SequenceLayout
 from seqlong.mixers import (
     GLA,
     MLSTM,
     RGLRU,
     Based,
+    Bidirectional,
     GatedDeltaNet,
     Hedgehog,
     LightningAttention,
@@ -96,6 +98,24 @@ def test_rglru_is_its_recurrence_a_token_at_a_time() -> None:
     pairs = (torch.autograd.grad((y * target).sum(), wanted, retain_graph=True) for y in (found, expected))
     for mine, theirs in zip(*pairs, strict=True):
         close(mine, theirs, 1e-9)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_rglru_does_not_ask_positions_where_a_segment_begins(both: bool) -> None:
+    mixer = make("rglru")
+    if both:
+        mixer = Bidirectional(WIDTH, mixer=lambda _: make("rglru"), tied=True).double()
+    hidden = rows(12)
+    frames = torch.stack([torch.arange(12) // 4, torch.arange(12) % 4 // 2, torch.arange(12) % 2], dim=-1)
+    for positions in (frames.expand(len(hidden), 12, 3), frames[:, 0].expand(len(hidden), 12) + 7):
+        close(mixer(hidden, SequenceLayout(None, positions))[0], mixer(hidden, plain(12))[0])
+
+
+def test_retnet_turns_by_the_first_axis() -> None:
+    mixer, hidden, time = make("retnet"), rows(12), torch.arange(12) // 4
+    grid = torch.stack([time, torch.arange(12) % 4, torch.arange(12) % 2], dim=-1)
+    found, expected = (mixer(hidden, SequenceLayout(None, x.expand(len(hidden), *x.shape)))[0] for x in (grid, time))
+    close(found, expected)
 
 
 def test_a_refined_decay_is_the_published_one_and_can_be_undone() -> None:

@@ -152,6 +152,13 @@ def test_every_engine_gives_that_and_twice_the_same(engine: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
+def test_a_window_of_nothing_gives_nothing(kind: str, shape: tuple[int, int]) -> None:
+    result, said = build(kind)(torch.zeros(*shape, 16, dtype=torch.float64), layout(None, *shape))
+    assert result.shape == (*shape, 16) and said["positions"] == 0 and not said["load"].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_padding_changes_nothing_and_is_nothing(kind: str) -> None:
     moe = build(kind)
     hidden = torch.randn(3, 15, 16, dtype=torch.float64)

@@ -25,6 +25,7 @@ from seqlong.mixers import (
     Attention,
     Bidirectional,
     GatedDeltaNet,
+    LogLinearGatedDeltaNet,
     Mixer,
     MoH,
     MoM,
@@ -333,6 +334,8 @@ def test_mistakes_are_told() -> None:
         MoM(WIDTH, partial(GLA, heads=2), memories=2, active=3)
     with pytest.raises(ValueError, match="needs a linear mixer such as GatedDeltaNet or GLA, found RGLRU"):
         MoM(WIDTH, partial(RGLRU, heads=2))
+    with pytest.raises(ValueError, match="found LogLinearGatedDeltaNet"):
+        MoM(WIDTH, LogLinearGatedDeltaNet)
     with pytest.raises(ValueError, match="active from 1 to parts"):
         SSE(WIDTH, parts=2, active=0)
     with pytest.raises(ValueError, match="active from 1 to experts"):

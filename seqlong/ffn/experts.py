@@ -61,7 +61,7 @@ class Experts(nn.Module):
         # Weighing inside moves fewer bytes than weighing the result, which is wider than a fine-grained expert.
         inner = _gated(inner, weights.flatten().index_select(0, order)[:, None])
         output = grouped_matmul(inner, self.down_proj.weight, ends, scatter=order, implementation=self.implementation)
-        return output.view(*chosen.shape, -1).sum(dim=1)
+        return output.view(*chosen.shape, output.shape[1]).sum(dim=1)
 
     def share(self, mesh: DeviceMesh) -> None:
         """Keep ``1 / w`` of the experts here, the others on the other processes of a mesh of one dimension; all have
@@ -99,7 +99,7 @@ class Experts(nn.Module):
         made = exchange(x.index_select(0, order // copies), ends.diff(prepend=ends.new_zeros(1)), compute)
         made = (made * weights.flatten().index_select(0, order)[:, None]).to(made.dtype)
         output = made.new_zeros(weights.numel(), made.shape[1]).index_copy(0, order, made)
-        return output.view(*weights.shape, -1).sum(dim=1)
+        return output.view(*weights.shape, output.shape[1]).sum(dim=1)
 
     def by_lists(
         self, x: Float[Tensor, "m d"], lists: Int[Tensor, "e c"], weights: Float[Tensor, "e c"]

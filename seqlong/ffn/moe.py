@@ -110,7 +110,7 @@ class MoE(nn.Module):
                 idle = torch.where(routing.experts >= self.experts.count, routing.weights, 0).sum(dim=1, keepdim=True)
                 output = output + (x * idle).to(output.dtype)
             load = _counted(routing, layout.shape).sum(dim=0) if self.training else None
-        output = output.view(*hidden.shape[:2], -1)
+        output = output.view(hidden.shape)
         if self.shared is not None:
             common = self.shared(hidden)
             if self.shared_gate is not None:
@@ -121,7 +121,7 @@ class MoE(nn.Module):
     def _chosen_by_experts(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Routing, Tensor | None]:
         scores, logits = self.router.scored(x)
         share = min(self.router.active / self.experts.count, 1.0)
-        lists = chosen_by_experts(scores.view(*layout.shape, -1), share, layout.segment_ids)
+        lists = chosen_by_experts(scores.view(*layout.shape, self.experts.count), share, layout.segment_ids)
         known = torch.cat([scores, scores.new_zeros(1, scores.shape[1])])
         weights = known.T.gather(1, lists) * self.router.scale
         load = (lists < x.shape[0]).sum(dim=1) if self.training else None
@@ -153,7 +153,7 @@ class MoE(nn.Module):
     def _unevenness(self, routing: Routing, real: Tensor) -> Tensor:
         """``e · Σ_e share_e · mean score_e`` of each row, times its positions, over all rows."""
         scores = routing.scores / routing.scores.sum(dim=-1, keepdim=True)
-        scores = scores.view(*real.shape, -1)
+        scores = scores.view(*real.shape, scores.shape[1])
         means = torch.where(real[..., None], scores, 0).sum(dim=1)  # n times the mean
         counts = _counted(routing, real.shape)
         shares = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -175,7 +175,7 @@ class MoE(nn.Module):
 def _counted(routing: Routing, shape: tuple[int, int] | torch.Size) -> Tensor:
     """``(b e)`` int64: how often each row chose each expert. Whole numbers, so that no order of addition matters."""
     rows, experts = shape[0], routing.scores.shape[1]
-    chosen = routing.experts.reshape(rows, -1)
+    chosen = routing.experts.reshape(rows, shape[1] * routing.experts.shape[1])
     counts = torch.zeros(rows, experts + 1, dtype=torch.int64, device=chosen.device)
     return counts.scatter_add(1, chosen, torch.ones_like(chosen))[:, :experts]
 

@@ -94,7 +94,8 @@ class RetNet(LinearMixer):
         self.decay = Constant([math.log1p(-(2.0 ** (-5 - head))) for head in range(heads)])
 
     def features(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
-        q, k = (rotary(x, layout.positions, self.rope_base) for x in (q, k))
+        places = layout.positions if layout.positions.dim() == 2 else layout.positions[..., 0]
+        q, k = (rotary(x, places, self.rope_base) for x in (q, k))
         return q, k, v
 
     def recur(

@@ -14,6 +14,7 @@ from seqlong.layout import SequenceLayout
 from seqlong.mixers.base import Mixer, MixerFactory, MixerState
 from seqlong.mixers.deltanet import GatedDeltaNet
 from seqlong.mixers.linear import LinearMixer, LinearState, still
+from seqlong.mixers.log_linear import LogLinearGatedDeltaNet
 from seqlong.mixers.routing import router_sums
 from seqlong.mixers.visits import Visits
 
@@ -67,7 +68,7 @@ class MoM(Mixer):
                 f"{memories} memories, balance_loss {balance_loss}"
             )
         made = GatedDeltaNet(d_model) if mixer is None else mixer(d_model)
-        if not isinstance(made, LinearMixer):
+        if not isinstance(made, LinearMixer) or isinstance(made, LogLinearGatedDeltaNet):  # which has a stack of states
             raise ValueError(f"MoM needs a linear mixer such as GatedDeltaNet or GLA, found {type(made).__name__}")
         self.mixer = made
         self.router = Router(d_model, memories, active, "softmax")

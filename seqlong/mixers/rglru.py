@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -77,8 +77,7 @@ class RGLRU(Mixer):
         recurrent, taken = torch.sigmoid(precise(raw, hidden) + precise(self.gates_bias, hidden)[:, None, None])
         log_decay = -8 * F.softplus(precise(self.rate, hidden)) * recurrent
         root = (-torch.expm1(2 * log_decay)).clamp(min=1e-12).sqrt()
-        places = layout.positions if layout.positions.dim() == 2 else layout.positions[..., 0]
-        root = torch.where((places == 0)[..., None], 1.0, root)
+        root = torch.where(_first(layout, state)[..., None], 1.0, root)
         inputs = still(root * taken * x, padding, 0.0)
         decay = still(log_decay, padding, 0.0).exp()
         if layout.starts is not None:
@@ -123,6 +122,19 @@ class RGLRU(Mixer):
             torch.zeros(rows, self.width, device=device, dtype=kept),
             torch.zeros(rows, self.conv_width - 1, self.width, device=device, dtype=dtype),
         )
+
+
+def _first(layout: SequenceLayout, state: RGLRUState | None) -> Bool[Tensor, "b t"]:
+    """Tokens that begin a segment. Not by their positions, which may be those of a frame, or begin anywhere; a state
+    of zeros is that before a first token."""
+    rows, length = layout.shape
+    if layout.starts is None:
+        first = torch.zeros(rows, length, dtype=torch.bool, device=layout.positions.device)
+    else:
+        first = layout.starts.clone()
+    if length:
+        first[:, 0] |= True if state is None else (state.memory == 0).all(dim=1)
+    return first
 
 
 def _scan(decay: Tensor, x: Tensor) -> Tensor:

@@ -86,6 +86,8 @@ class Scout(Mixer):
         self.mixer = mixer(d_model)
         if not self.mixer.causal:
             raise ValueError(f"Scout reads checkpoints behind a token; {type(self.mixer).__name__} sees both sides")
+        if self.mixer.reads_memory:
+            raise ValueError(f"{type(self.mixer).__name__} reads another block's memory; give it a block of its own")
         self.routed = self.mixer.routed
         self.norm = nn.RMSNorm(d_model, eps=norm_eps)
         self.qkv_proj = nn.Linear(d_model, (heads + 2 * self.kv_heads) * self.head_dim, bias=False)
