@@ -1,4 +1,4 @@
-"""Configuration files, and one thing that YAML cannot say: the architecture that a checkpoint was saved with."""
+"""Configuration files, and what YAML cannot say: the architecture of a checkpoint, the ids of tokens of DNA."""
 
 from __future__ import annotations
 
@@ -30,3 +30,31 @@ def _backbone_of(where: str | None) -> Any:
 
 
 OmegaConf.register_new_resolver("backbone_of", _backbone_of, replace=True)
+
+
+def _tokenizer(settings: Any) -> Any:
+    from seqlong.datamodules.dna.tokens import TokenizerSettings, build_tokenizer
+    from seqlong.errors import ConfigError
+
+    given = OmegaConf.to_container(settings) if OmegaConf.is_config(settings) else settings or {}
+    try:
+        return build_tokenizer(TokenizerSettings(**given))  # type: ignore[arg-type]
+    except TypeError as error:
+        known = ", ".join(TokenizerSettings.__dataclass_fields__)
+        raise ConfigError(f"data.tokenizer is {given}; expected settings out of {known}") from error
+
+
+def _ids_of(settings: Any) -> int:
+    """How many ids the tokens of ``data.tokenizer`` have."""
+    made = _tokenizer(settings)
+    return 16 if made is None else int(made.size)
+
+
+def _complement_of(settings: Any) -> list[int]:
+    """The id of each token's reverse complement; for tokens without any, that of bases, which no model will use."""
+    made = _tokenizer(settings)
+    return [0, 1, 2, 3, 7, 6, 5, 4] if made is None or made.complement is None else made.complement.tolist()
+
+
+OmegaConf.register_new_resolver("ids_of", _ids_of, replace=True)
+OmegaConf.register_new_resolver("complement_of", _complement_of, replace=True)

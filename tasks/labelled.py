@@ -234,6 +234,8 @@ class LabelledTask(SequenceTask):
                 f"the data has {symbols} symbols, but the model's vocabulary {size}; set "
                 f"model.backbone.vocab_size={symbols}"
             )
+        if self.rc != "none" and hasattr(data, "check_strands"):
+            data.check_strands(self.complement.tolist())
 
     def configure_optimizers(self) -> Any:
         """AdamW with a learning rate for each depth, and its schedule."""

@@ -36,7 +36,7 @@ class MaskedLM(SequenceTask):
         mask_share: share of hidden spans that show the mask.
         random_share: share of hidden spans that show random tokens; the rest shows the truth.
         mask_token: id of the mask.
-        replacements: ids that random tokens are drawn from; the default is A, C, G, T.
+        replacements: ids that random tokens are drawn from; the default is A, C, G, T. null: all symbols of the data.
         seed: names the draw.
         tie_embeddings: whether the last projection is the embedding's weight, or one of its own.
         z_loss: weight of the squared log-normaliser in the training loss, 0 for none, 1e-4 where logits drift. It then
@@ -60,7 +60,7 @@ class MaskedLM(SequenceTask):
         mask_share: float = 0.8,
         random_share: float = 0.1,
         mask_token: int = 1,
-        replacements: Sequence[int] = (4, 5, 6, 7),
+        replacements: Sequence[int] | None = (4, 5, 6, 7),
         seed: int = 0,
         tie_embeddings: bool = True,
         z_loss: float = 0.0,
@@ -76,8 +76,15 @@ class MaskedLM(SequenceTask):
                 f"MaskedLM: mask_share {mask_share} and random_share {random_share} must be 0 or more and at most 1 "
                 "together"
             )
+        self._all_symbols = replacements is None
+        replacements = () if replacements is None else replacements
         ids = [mask_token, *replacements]
-        if not replacements or min(ids) < 0 or max(ids) >= self.head.vocab_size or mask_token in replacements:
+        if (
+            not (replacements or self._all_symbols)
+            or min(ids) < 0
+            or max(ids) >= self.head.vocab_size
+            or mask_token in replacements
+        ):
             raise ConfigError(
                 f"MaskedLM: replacements {list(replacements)} must name tokens below the vocabulary size "
                 f"{self.head.vocab_size}, as mask_token {mask_token} must, which is not one of them"
@@ -97,11 +104,16 @@ class MaskedLM(SequenceTask):
         vocabulary = getattr(getattr(self.trainer, "datamodule", None), "vocabulary", None)
         mask = getattr(vocabulary, "mask", self.mask_token)
         symbols = list(getattr(vocabulary, "replacements", self.replacements.tolist()))
+        if self._all_symbols:
+            if not symbols:
+                raise ConfigError("task.replacements=null takes all symbols of the data, which names none; list them")
+            self.replacements = torch.tensor(symbols, device=self.replacements.device)
         if mask != self.mask_token or not set(self.replacements.tolist()) <= set(symbols):
+            listed = str(symbols) if len(symbols) <= 16 else "null"
             raise ConfigError(
-                f"MaskedLM: mask_token {self.mask_token} and replacements {self.replacements.tolist()} are not of the "
-                f"data's vocabulary, whose mask is {mask} and whose symbols are {symbols}; set task.mask_token={mask} "
-                f"and task.replacements={symbols}"
+                f"MaskedLM: mask_token {self.mask_token} and replacements {self.replacements.tolist()[:16]} are not of "
+                f"the data's vocabulary, whose mask is {mask} and whose symbols are {shortened(symbols)}; set "
+                f"task.mask_token={mask} and task.replacements={listed}"
             )
 
     def prepare(self, batch: SequenceBatch) -> SequenceBatch:
@@ -117,3 +129,8 @@ class MaskedLM(SequenceTask):
             self.random_share, self.seed,
         )  # fmt: skip
         return dataclasses.replace(batch, tokens=tokens, targets=torch.where(chosen, batch.targets, -1))
+
+
+def shortened(symbols: Sequence[int]) -> str:
+    """A list of ids, as its ends where it is long."""
+    return str(symbols) if len(symbols) <= 16 else f"[{symbols[0]}, ..., {symbols[-1]}], {len(symbols):,} of them"

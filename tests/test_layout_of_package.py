@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optim": UNDER_TASKS,
     "callbacks": UNDER_TASKS,
     "tasks": UNDER_TASKS | {"callbacks", "metrics", "optim"},
-    "configs": set(),
+    "configs": {"datamodules", "errors"},  # what interpolations compute
 }
 TOP = {
     "bench",

@@ -71,7 +71,7 @@ def assemble(
         segment_ids=_segments(rows, length),
         continues=None if rows.continues is None else torch.from_numpy(rows.continues),
         index=torch.from_numpy(index),
-        source=[_shown(names) for names in sources],
+        source=[shown(names) for names in sources],
     )
 
 
@@ -82,6 +82,7 @@ def _segments(rows: Rows, length: int) -> torch.Tensor | None:
     return torch.from_numpy(segment_ids(row, offset, size, rows.count, length))
 
 
-def _shown(names: list[str]) -> str:
+def shown(names: list[str]) -> str:
+    """The pieces of a row, the first few by name."""
     more = len(names) - _SOURCES_SHOWN
     return "; ".join(names[:_SOURCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")

@@ -17,9 +17,14 @@ from seqlong.datamodules.dna.assemble import Targets, assemble
 from seqlong.datamodules.dna.genome import Genome
 from seqlong.datamodules.dna.markov import markov_floor
 from seqlong.datamodules.dna.splits import BlockSplit, Region, Split, Splitter
+from seqlong.datamodules.dna.token_rows import assemble_tokens, in_frame, token_notes
+from seqlong.datamodules.dna.tokens import DnaTokenizer, TokenizerSettings, build_tokenizer
 from seqlong.datamodules.dna.windows import EvaluationWindows, Order, ShortRecords, TrainingWindows
 from seqlong.datamodules.sampler import BatchRequest, Stage
 from seqlong.errors import ConfigError
+
+#: Bases that tell how many of them a learnt token has.
+_SAMPLE = 1 << 20
 
 
 class GenomeData(SequenceData):
@@ -49,12 +54,13 @@ class GenomeData(SequenceData):
         seed: number that names the order, the strands and the shifts of training windows.
         workers: loader processes of each rank. 0 is right where making a batch is short beside a step, as it mostly is.
         cache_dir: folder of genome stores; null is $SEQLONG_CACHE or ~/.cache/seqlong.
+        tokenizer: what a position is: a base, a word of k bases, a codon, or a learnt piece (BPE); null is a base.
 
     Raises:
         ConfigError: a setting is out of its range.
     """
 
-    vocabulary = DnaVocabulary()
+    vocabulary: DnaVocabulary | DnaTokenizer = DnaVocabulary()
 
     def __init__(
         self,
@@ -74,6 +80,7 @@ class GenomeData(SequenceData):
         seed: int = 0,
         workers: int = 0,
         cache_dir: str | None = None,
+        tokenizer: TokenizerSettings | None = None,
     ) -> None:
         super().__init__(length, batch_size, stages, eval_length, eval_batch_size, seed, workers)
         if not 0 <= reverse_complement <= 1:
@@ -90,7 +97,16 @@ class GenomeData(SequenceData):
         self._split: Split | None = None
         self._training: list[TrainingWindows] | None = None
         self._floors: list[dict[str, object]] | None = None
+        self._ratio: float | None = None
         self._printed = False
+        self.tokenizer = None if tokenizer is None else build_tokenizer(tokenizer)
+        if self.tokenizer is not None:
+            self.vocabulary = self.tokenizer
+            if self.tokenizer.span is None and order == "stream":
+                raise ConfigError(
+                    f"data.order=stream goes on where the row before ended, but rows of {self.tokenizer.name} end in "
+                    "padding; set data.order=shuffle, or data.tokenizer.kind=kmer"
+                )
 
     # What it holds
 
@@ -115,21 +131,51 @@ class GenomeData(SequenceData):
             self._training = [
                 TrainingWindows(
                     self.genome,
-                    self.split.regions["train"],
-                    stage.length,
+                    self.regions("train"),
+                    self.window(stage.length),
                     self.short_records,
                     self.order,
                     self.reverse_complement,
                     self.seed,
                     number,
+                    self.tokenizer.frame if self.tokenizer else 1,
                 )
                 for number, stage in enumerate(self.stages)
             ]
         return self._training
 
+    def regions(self, part: Literal["train", "validation", "test"]) -> list[Region]:
+        """The regions of a split, from where tokens of their contig may begin."""
+        return in_frame(list(self.split.regions[part]), self.tokenizer.frame if self.tokenizer else 1)
+
+    def window(self, positions: int) -> int:
+        """Bases in a row of so many positions; where tokens differ in bases, on average."""
+        return max(1, int(positions * self.bases_per_token))
+
+    @property
+    def bases_per_token(self) -> float:
+        """Bases from one position to the next; where they differ, the mean over the first of the training regions."""
+        if self.tokenizer is None or self.tokenizer.span is not None:
+            return 1.0 if self.tokenizer is None else float(self.tokenizer.stride)
+        if self._ratio is None:
+            bases = tokens = 0
+            for contig, start, stop in self.split.regions["train"]:
+                part = self.genome.read(contig, start, min(stop, start + _SAMPLE - bases))
+                bases, tokens = bases + part.size, tokens + self.tokenizer.tokens(part).size
+                if bases >= _SAMPLE:
+                    break
+            self._ratio = bases / max(tokens, 1)
+        return self._ratio
+
+    def check_strands(self, pairs: Sequence[int]) -> None:
+        """Raise ConfigError unless ``pairs`` are the complements of these tokens, as a model that turns them needs."""
+        if self.tokenizer is not None:
+            self.tokenizer.check_strands(pairs)
+
     def evaluation_windows(self, split: Literal["validation", "test"]) -> EvaluationWindows:
         """The rows that evaluate ``split``."""
-        return EvaluationWindows(self.genome, self.split.regions[split], self.eval_length, self.short_records, split)
+        length = self.window(self.eval_length)
+        return EvaluationWindows(self.genome, self.regions(split), length, self.short_records, split)
 
     def describe(self) -> dict[str, object]:
         """Everything about the data that a reader of the results needs, JSON-able."""
@@ -166,7 +212,14 @@ class GenomeData(SequenceData):
             "stages": stages,
             "evaluation": {"length": self.eval_length, "batch_size": self.eval_batch_size},
             "notes": self._notes(),
+            **self._tokens(),
         }
+
+    def _tokens(self) -> dict[str, object]:
+        if self.tokenizer is None:
+            return {}
+        said = {"name": self.tokenizer.name, "size": self.tokenizer.size, "bases": round(self.bases_per_token, 4)}
+        return {"unit": self.tokenizer.unit, "tokenizer": said}
 
     def _notes(self) -> list[str]:
         notes = [
@@ -176,6 +229,8 @@ class GenomeData(SequenceData):
             f"Training windows are reverse-complemented with probability {self.reverse_complement}. Evaluation reads "
             "the forward strand.",
         ]
+        if self.tokenizer is not None:
+            notes += token_notes(self.tokenizer, self.genome, self.split.regions, self.targets)
         if self.targets == "next":
             notes.append("The first base of a region has nothing before it and is not predicted.")
         rings = [contig.name for contig in self.genome.contigs if contig.circular]
@@ -189,22 +244,24 @@ class GenomeData(SequenceData):
         found = [("train", windows.length, windows.short) for windows in self.training_windows]
         for name in ("validation", "test"):
             if self.split.regions[name]:  # type: ignore[index]
-                found.append((name, self.eval_length, self.evaluation_windows(name).short))  # type: ignore[arg-type]
+                found.append((name, self.window(self.eval_length), self.evaluation_windows(name).short))  # type: ignore[arg-type]
         return [short.note(name, length, shown) for name, length, short in found if short.regions]
 
     def floors(self) -> list[dict[str, object]]:
-        """Bits per base that need no neural network, on the validation split: see `markov_floor`."""
+        """Bits per position that need no neural network, on the validation split: see `markov_floor`. A token that
+        brings n new bases costs n times the bits of a base."""
         if self._floors is None:
-            self._floors = [{"name": "uniform", "bits": 2.0}]
+            bases = self.bases_per_token
+            self._floors = [{"name": "uniform", "bits": 2.0 * bases}]
             if self.split.regions["validation"]:
                 floor = markov_floor(self.genome, self.split.regions["train"], self.split.regions["validation"])
                 self._floors.append(
                     {
                         "name": f"markov-{floor.order}",
-                        "bits": floor.bits,
+                        "bits": floor.bits * bases,
                         "order": floor.order,
                         "bases": floor.bases,
-                        "by_order": floor.by_order,
+                        "by_order": [bits * bases for bits in floor.by_order],
                     }
                 )
         return self._floors
@@ -249,7 +306,7 @@ class GenomeData(SequenceData):
         """Every base of the genome once, in genome order but for the ends of contigs, which come last."""
         regions = [Region(number, 0, contig.length) for number, contig in enumerate(self.genome.contigs)]
         windows = EvaluationWindows(
-            self.genome, regions, self.eval_length, self.short_records, "predict", shuffle=False
+            self.genome, regions, self.window(self.eval_length), self.short_records, "predict", shuffle=False
         )
         return self._evaluation_loader(windows)
 
@@ -261,15 +318,25 @@ class _TrainingBatches(Dataset[SequenceBatch]):
     def __init__(self, data: GenomeData) -> None:
         self._genome, self._windows = data.genome, data.training_windows
         self._targets, self._soft_mask_weight = data.targets, data.soft_mask_weight
+        self._tokenizer = data.tokenizer
 
     def __getitem__(self, request: BatchRequest) -> SequenceBatch:
         rows = self._windows[request.stage].rows(request)
+        if self._tokenizer is not None:
+            return assemble_tokens(
+                self._genome, rows, request.length, self._tokenizer, self._targets, self._soft_mask_weight,
+                request.samples,
+            )  # fmt: skip
         return assemble(self._genome, rows, request.length, self._targets, self._soft_mask_weight, request.samples)
 
 
 class _EvaluationBatches(Dataset[SequenceBatch]):
     def __init__(self, data: GenomeData, windows: EvaluationWindows) -> None:
         self._genome, self._windows, self._targets = data.genome, windows, data.targets
+        self._tokenizer, self._length = data.tokenizer, data.eval_length
 
     def __getitem__(self, numbers: NDArray[np.int64]) -> SequenceBatch:
+        if self._tokenizer is not None:
+            rows = self._windows.rows(numbers)
+            return assemble_tokens(self._genome, rows, self._length, self._tokenizer, self._targets, 1.0, numbers)
         return assemble(self._genome, self._windows.rows(numbers), self._windows.length, self._targets, 1.0, numbers)

@@ -32,8 +32,8 @@ class Piece(NamedTuple):
         start: first base; on a circular contig the stretch may pass the junction.
         length: bases.
         reverse: True to read the other strand.
-        before: True if the base before ``start`` belongs to the same region.
-        after: True if the base after the last does.
+        before: bases before ``start`` that belong to the same region (round a ring, all of it).
+        after: bases after the last that do.
     """
 
     row: int
@@ -42,8 +42,8 @@ class Piece(NamedTuple):
     start: int
     length: int
     reverse: bool
-    before: bool
-    after: bool
+    before: int
+    after: int
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ class TrainingWindows:
         reverse_complement: probability of reading the other strand.
         seed: names all that is random.
         stage: index of the stage, so that stages differ.
+        frame: windows are shifted by multiples of so many bases.
 
     Attributes:
         size: windows in an epoch.
@@ -153,6 +154,7 @@ class TrainingWindows:
         reverse_complement: float,
         seed: int,
         stage: int,
+        frame: int = 1,
     ) -> None:
         long, short, self.short = sort_short(genome, regions, length, policy, "train")
         self.length, self.order, self.reverse_complement = length, order, reverse_complement
@@ -167,7 +169,8 @@ class TrainingWindows:
         # windows or more one of them is given up for room to shift. A ring can be cut anywhere.
         tight = (counts >= 4) & (slack < length // 2) & ~self._ring
         counts = counts - tight
-        self._room = np.where(self._ring, self._span, self._span - counts * length + 1)
+        room = np.where(self._ring, self._span, self._span - counts * length + 1)
+        self._room, self._frame = (room - 1) // frame + 1, frame
         self._last = np.cumsum(counts)
         self._counts = counts
         self._short_regions, self._packing = pack_regions(short, length, policy, seed)
@@ -223,11 +226,9 @@ class TrainingWindows:
             number = int(region[row])
             ring, low, span = bool(self._ring[number]), int(self._start[number]), int(self._span[number])
             nth = int(window[row]) - int(self._last[number] - self._counts[number])
-            begin = int(shift[row]) + nth * self.length
-            after = ring or begin + self.length < span
-            pieces.append(
-                Piece(row, 0, int(self._contig[number]), low + begin, self.length, back, ring or begin > 0, after)
-            )
+            begin = int(shift[row]) * self._frame + nth * self.length
+            before, after = (span, span) if ring else (begin, span - begin - self.length)
+            pieces.append(Piece(row, 0, int(self._contig[number]), low + begin, self.length, back, before, after))
         return pieces
 
 
@@ -241,8 +242,8 @@ def place_packed(regions: Sequence[Region], packing: Packing, packed_row: int, r
             regions[item].start,
             regions[item].length,
             reverse,
-            False,
-            False,
+            0,
+            0,
         )
         for item in packing.items(packed_row).tolist()
     ]
@@ -278,7 +279,7 @@ class EvaluationWindows:
     ) -> None:
         long, short, self.short = sort_short(genome, regions, length, policy, split)
         self.length = length
-        self._rings = {region.contig for region in regions if is_ring(genome, region)}
+        self._rings = {region.contig: region.length for region in regions if is_ring(genome, region)}
         counts = np.array([region.length // length for region in long], dtype=np.int64)
         whole = int(counts.sum())
         self._owner = np.repeat(np.arange(len(long)), counts)
@@ -302,13 +303,14 @@ class EvaluationWindows:
         for row, number in enumerate(np.maximum(numbers, 0).tolist()):
             if number >= whole:
                 pieces += [
-                    piece._replace(after=piece.contig in self._rings)
+                    piece._replace(after=self._rings.get(piece.contig, 0))
                     for piece in place_packed(self._rest, self._packing, number - whole, row, False)
                 ]
                 continue
             region = self._long[int(self._owner[number])]
-            ring = region.contig in self._rings
             start = region.start + int(self._nth[number]) * self.length
-            after = ring or start + self.length < region.stop
-            pieces.append(Piece(row, 0, region.contig, start, self.length, False, ring or start > region.start, after))
+            before, after = start - region.start, region.stop - start - self.length
+            if region.contig in self._rings:
+                before = after = region.length
+            pieces.append(Piece(row, 0, region.contig, start, self.length, False, before, after))
         return Rows(pieces, len(numbers))
