@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import lightning as L
 import torch
+from torch.distributed.tensor import DTensor
 from toys import LinearMixer, ToyConfig, ToyData, ToyTask
 
-from seqlong.callbacks import Checkpoints, MetricsCsv, Preemption
+from seqlong.callbacks import Checkpoints, Divergence, MetricsCsv, Preemption, Watchdog
 from seqlong.errors import SeqlongError
 from seqlong.parallel import saver
 from seqlong.parallel.fully_shard import FullyShard
@@ -166,6 +167,34 @@ def two(rank: int, folder: Path) -> None:
     fit(folder, 4, parts(), 2)
 
 
+def sleeps(rank: int, folder: Path) -> None:
+    """The second process does not come to step 2."""
+    fit(folder, 4, "ddp", 2, None, (Watchdog(0.02), *((At(2, lambda: time.sleep(60)),) if rank else ())))
+
+
+class Bent(L.Callback):
+    """A bit of a weight falls over on one process."""
+
+    def __init__(self, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *words: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            bias = pl_module.blocks[1].inner.bias.data
+            (bias.to_local() if isinstance(bias, DTensor) else bias)[2] += 1e-6
+
+
+def on_four(rank: int, folder: Path, start: Path) -> None:
+    """In two replicas, of which one comes apart from the other a little after step 6."""
+    strategy = parts(replicas=2, background=False)
+    fit(folder, 8, strategy, 4, start, (Bent(6, 2), Divergence(2)))
+
+
+def apart(rank: int, folder: Path) -> None:
+    """Every process has all weights; those of the third change after step 3."""
+    fit(folder, 9, "ddp", 3, None, (Bent(3, 2), Divergence(2)), validations=0)
+
+
 def main(folder: Path) -> None:
     last = "checkpoints/last.ckpt"
     found: dict[str, Any] = {}
@@ -173,11 +202,11 @@ def main(folder: Path) -> None:
     found["two"] = together(2, lambda rank: two(rank, folder / "two"))
     start = folder / "two" / last
     found["on one"] = together(1, lambda rank: fit(folder / "on one", 8, start=start))
-    found["on four"] = together(
-        4, lambda rank: fit(folder / "on four", 6, parts(replicas=2, background=False), 4, start)
-    )
+    found["on four"] = together(4, lambda rank: on_four(rank, folder / "on four", start))
     found["killed"] = together(2, lambda rank: killed(rank, folder / "killed"))
     found["full"] = together(2, lambda rank: full(rank, folder / "full", start))
+    found["sleeps"] = together(2, lambda rank: sleeps(rank, folder / "sleeps"))
+    found["apart"] = together(3, lambda rank: apart(rank, folder / "apart"))
     print(json.dumps(found))
 
 

@@ -1,6 +1,7 @@
 """What goes on around the training steps. Each is a Lightning callback, named in configs/trainer/default.yaml."""
 
 from seqlong.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
+from seqlong.callbacks.divergence import Divergence
 from seqlong.callbacks.effective_context import EffectiveContext
 from seqlong.callbacks.expert_load import ExpertLoad
 from seqlong.callbacks.finite_guard import FiniteGuard
@@ -14,10 +15,12 @@ from seqlong.callbacks.repeats import Repeats
 from seqlong.callbacks.run_folder import RunFolder
 from seqlong.callbacks.step_seed import StepSeed
 from seqlong.callbacks.throughput import Throughput
+from seqlong.callbacks.watchdog import Watchdog
 
 __all__ = [
     "AtomicCheckpointIO",
     "Checkpoints",
+    "Divergence",
     "EffectiveContext",
     "ExpertLoad",
     "FiniteGuard",
@@ -33,4 +36,5 @@ __all__ = [
     "StepSeed",
     "TensorBoard",
     "Throughput",
+    "Watchdog",
 ]

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,12 @@ class Saver:
             writing.result(seconds)
         except FutureTimeout as error:
             raise CheckpointError(f"a checkpoint was not written within {seconds:g} seconds") from error
+
+    def settle(self, seconds: float) -> None:
+        """Wait until what is being written is written or has failed; for use by another thread."""
+        writing = self._writing
+        if writing is not None:
+            wait_for([writing], seconds)
 
     def trouble(self) -> str | None:
         """Why what was written in the background is not, if that is known by now. Waits for nothing."""
