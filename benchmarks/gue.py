@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
+import _gue_cpu
 from _fit import fit
 
 from seqlong.bench import Row, main
@@ -115,6 +116,16 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=150, help="time of pretraining")
     parser.add_argument("--parallel", type=int, default=4, help="fine-tunings at a time")
+    parser.add_argument("--cpu", action="store_true", help="small models from nothing, on one core; no pretraining")
+    parser.add_argument("--folder", type=Path, help="with --cpu: where runs are kept, to go on with")
     given = parser.parse_args()
+    if given.cpu:
+        tasks = [task for task in given.tasks if task in _gue_cpu.SETTINGS]
+        tasks.sort(key=list(_gue_cpu.SETTINGS).index)
+        outcomes: list[_gue_cpu.Outcome] = []
+        place = given.folder or _gue_cpu.default_folder()
+        made = _gue_cpu.rows(given.data, tasks, given.seeds, place, PUBLISHED, outcomes)
+        main("gue", made, lambda _, figure: _gue_cpu.draw(outcomes, PUBLISHED, figure), on="cpu")
+        sys.exit(0)
     with tempfile.TemporaryDirectory() as folder:
         main("gue", rows(given.data, given.tasks, given.seeds, given.seconds, given.parallel, folder))
