@@ -6,11 +6,14 @@ first: defaults such as D = 1 hide bugs.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ import torch
 from mixer_cases import CAUSAL, CHOOSING, MIXERS, WIDTH, close, make, packed, plain, rows
 from torch import Tensor
 
+from seqlong import mixers
 from seqlong.block import Block
 from seqlong.cost import _tensors
 from seqlong.ffn import SwiGLU
@@ -327,6 +331,24 @@ def test_constants_are_rounded_by_no_cast_and_survive_the_meta_device() -> None:
             for mine, theirs in zip(plain_one.buffers(), other.buffers(), strict=True):
                 assert mine.dtype == theirs.dtype == torch.float64 and torch.equal(mine, theirs)
         assert not any("numbers" in key for key in plain_one.state_dict())
+
+
+WRAPPED = {"Bidirectional": Mamba2, "PrefixMixer": Mamba2}
+
+
+@pytest.mark.parametrize("name", [x for x in mixers.__all__ if x not in ("Mixer", "MixerFactory", "MixerState")])
+def test_numbers_that_make_no_mixer_are_told(name: str) -> None:
+    build = partial(getattr(mixers, name), 64, **({"mixer": WRAPPED[name]} if name in WRAPPED else {}))
+    for setting, parameter in inspect.signature(getattr(mixers, name)).parameters.items():
+        kinds = parameter.annotation.split(" | ")
+        if setting != "d_model" and "int" in kinds:
+            with pytest.raises(ValueError, match=r"found .*-"):
+                build(**{setting: -1})
+            with contextlib.suppress(ValueError):  # none of something, or told
+                build(**{setting: 0})
+        if setting in ("rope_base", "base", "divisor", "a_min"):
+            with pytest.raises(ValueError, match=f"found .*{setting}"):
+                build(**{setting: 0.0})
 
 
 def test_depth_sets_decays() -> None:

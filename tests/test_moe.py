@@ -309,6 +309,7 @@ def test_a_causal_model_refuses_experts_that_look_ahead_and_a_bidirectional_one_
     [
         ({"experts": 0}, "at least 1 expert"),
         ({"active": 9}, "active from 1 to experts"),
+        ({"d_hidden": 0}, "widths and a scale above 0, found d_hidden 0"),
         ({"identity_share": 0.5}, "for identity experts; found 0.5 with identity 0"),
         ({"z_loss": -1.0}, "must be 0 or more"),
         ({"shared_gate": True, "shared": 0}, "there are none"),

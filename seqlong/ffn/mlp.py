@@ -11,6 +11,13 @@ def _rounded(width: float, multiple: int) -> int:
     return multiple * max(1, round(width / multiple))
 
 
+def _inner(name: str, d_model: int, d_hidden: int | None, expand: float) -> int:
+    """Inner width: as given, or ``expand · d_model`` rounded to a multiple of 64."""
+    if expand <= 0 or (d_hidden is not None and d_hidden < 1):
+        raise ValueError(f"{name} needs a width above 0, found d_hidden={d_hidden}, expand={expand}")
+    return _rounded(expand * d_model, 64) if d_hidden is None else d_hidden
+
+
 class SwiGLU(nn.Module):
     """``W_down (silu(W_gate x) ⊙ W_up x)``. Source: arXiv 2002.05202.
 
@@ -24,7 +31,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_hidden: int | None = None, expand: float = 8 / 3) -> None:
         super().__init__()
-        d_hidden = _rounded(expand * d_model, 64) if d_hidden is None else d_hidden
+        d_hidden = _inner("SwiGLU", d_model, d_hidden, expand)
         self.gate_up_proj = nn.Linear(d_model, 2 * d_hidden, bias=False)
         self.down_proj = nn.Linear(d_hidden, d_model, bias=False)
 
@@ -47,7 +54,7 @@ class GeGLU(nn.Module):
 
     def __init__(self, d_model: int, d_hidden: int | None = None, expand: float = 8 / 3, bias: bool = False) -> None:
         super().__init__()
-        d_hidden = _rounded(expand * d_model, 64) if d_hidden is None else d_hidden
+        d_hidden = _inner("GeGLU", d_model, d_hidden, expand)
         self.gate_up_proj = nn.Linear(d_model, 2 * d_hidden, bias=bias)
         self.down_proj = nn.Linear(d_hidden, d_model, bias=bias)
 
@@ -70,7 +77,7 @@ class GELU(nn.Module):
 
     def __init__(self, d_model: int, d_hidden: int | None = None, expand: float = 4.0, bias: bool = False) -> None:
         super().__init__()
-        d_hidden = _rounded(expand * d_model, 64) if d_hidden is None else d_hidden
+        d_hidden = _inner("GELU", d_model, d_hidden, expand)
         self.up_proj = nn.Linear(d_model, d_hidden, bias=bias)
         self.down_proj = nn.Linear(d_hidden, d_model, bias=bias)
 

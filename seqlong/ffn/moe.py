@@ -67,6 +67,10 @@ class MoE(nn.Module):
         implementation: str | None = None,
     ) -> None:
         super().__init__()
+        if min(expand, scale) <= 0 or (d_hidden is not None and d_hidden < 1):
+            raise ValueError(
+                f"MoE needs widths and a scale above 0, found d_hidden {d_hidden}, expand {expand}, scale {scale}"
+            )
         _check(experts, active, shared, identity, identity_share, choice, bias_rate, balance_loss, z_loss)
         if shared_gate and not shared:
             raise ValueError("shared_gate weighs shared experts, and there are none: set shared to 1 or more")

@@ -13,7 +13,7 @@ from seqlong.fragment import Fragment
 from seqlong.kernels.attention import attention
 from seqlong.kernels.norm import rms_norm
 from seqlong.layout import SequenceLayout
-from seqlong.mixers.base import Mixer
+from seqlong.mixers.base import Mixer, positive
 from seqlong.mixers.cache import AttentionState, Seen, SinkState, carry, carry_sinks, join, join_sinks
 from seqlong.positions import alibi_slopes, check_axes, rotary_axes
 
@@ -76,25 +76,27 @@ class Attention(Mixer):
         gate: bool | Literal["head"] = False,
     ) -> None:
         super().__init__()
+        name = type(self).__name__
+        positive(name, heads=heads, head_dim=head_dim, rope_base=rope_base)
         self.heads = heads
         self.kv_heads = heads if kv_heads is None else kv_heads
         if head_dim is None and d_model % heads:
-            raise ValueError(f"Attention needs d_model divisible by heads, found d_model={d_model}, heads={heads}")
+            raise ValueError(f"{name} needs d_model divisible by heads, found d_model={d_model}, heads={heads}")
         self.head_dim = d_model // heads if head_dim is None else head_dim
         if self.kv_heads < 1 or self.heads % self.kv_heads:
-            raise ValueError(f"Attention needs heads divisible by kv_heads, found {self.heads} and {self.kv_heads}")
+            raise ValueError(f"{name} needs heads divisible by kv_heads, found {self.heads} and {self.kv_heads}")
         if positions == "rope" and rope_axes is None and partial_rotary == 1 and self.head_dim % 2:
             raise ValueError(f"rope needs an even head_dim, found {self.head_dim}")
         if not 0 < partial_rotary <= 1 or (rope_axes is not None and partial_rotary != 1):
             raise ValueError(
-                f"Attention needs a partial_rotary above 0 and up to 1, and without rope_axes, which says the same; "
+                f"{name} needs a partial_rotary above 0 and up to 1, and without rope_axes, which says the same; "
                 f"found {partial_rotary}"
             )
         if rope_scale <= 0:
-            raise ValueError(f"Attention needs a rope_scale above 0, found {rope_scale}")
+            raise ValueError(f"{name} needs a rope_scale above 0, found {rope_scale}")
         if sinks and (sinks < 0 or window is None or not causal or positions == "alibi"):
             raise ValueError(
-                f"sinks are tokens kept beyond a window, before a token, at no slope: Attention needs window, "
+                f"sinks are tokens kept beyond a window, before a token, at no slope: {name} needs window, "
                 f"causal=True and positions 'rope' or 'none' with them, found sinks={sinks}, window={window}, "
                 f"causal={causal}, positions={positions}"
             )
@@ -102,7 +104,7 @@ class Attention(Mixer):
         if positions == "rope":
             check_axes("rope", self.axes, self.head_dim)
         if window is not None and window < 1:
-            raise ValueError(f"Attention needs a window of at least 1 token, found {window}")
+            raise ValueError(f"{name} needs a window of at least 1 token, found {window}")
         self.window = window
         self.bounded_state = window is not None
         self.positions = positions

@@ -107,5 +107,16 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define initial_state(rows, device, dtype)")
 
 
+def positive(owner: str, **settings: int | float | None) -> None:
+    """See that settings are above 0; None is not given.
+
+    Raises:
+        ValueError: one is not; named as in YAML.
+    """
+    for name, value in settings.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{owner} needs {name} above 0, found {name}={value}")
+
+
 #: Builds a mixer for a width. In YAML: ``{class_path: seqlong.mixers.Mamba2, init_args: {...}}``.
 MixerFactory = Callable[[int], Mixer]

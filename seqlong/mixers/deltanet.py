@@ -9,8 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlong.layout import SequenceLayout
+from seqlong.mixers.base import positive
 from seqlong.mixers.linear import Gate, LinearMixer, LowRank, precise, split_heads, still
 from seqlong.mixers.recurrences import delta_rule
+
+
+def _rates(name: str, count: int, low: float, high: float) -> Tensor:
+    """Logarithms of rates that are uniform in [low, high]."""
+    if not 0 < low <= high:
+        raise ValueError(f"{name} needs 0 < a_min <= a_max, found a_min={low}, a_max={high}")
+    return torch.empty(count).uniform_(low, high).log()
 
 
 def _steps(count: int, low: float, high: float, floor: float) -> Tensor:
@@ -97,6 +105,7 @@ class GatedDeltaNet(LinearMixer):
         a_max: float = 16.0,
         norm_eps: float = 1e-5,
     ) -> None:
+        positive(type(self).__name__, heads=heads)
         key = max(1, int(0.75 * d_model) // heads) if head_dim is None else head_dim
         super().__init__(
             d_model, heads, key, int(key * expand_v), groups, conv_width=conv_width, gate=gate, norm_eps=norm_eps
@@ -104,7 +113,7 @@ class GatedDeltaNet(LinearMixer):
         self.activation = "double_sigmoid" if negative_eigenvalues else "sigmoid"
         self.beta_proj = nn.Linear(d_model, heads, bias=False)
         self.decay_proj = nn.Linear(d_model, heads, bias=False)
-        self.A_log = nn.Parameter(torch.empty(heads).uniform_(a_min, a_max).log())
+        self.A_log = nn.Parameter(_rates("GatedDeltaNet", heads, a_min, a_max))
         self.dt_bias = nn.Parameter(_steps(heads, 1e-3, 0.1, 1e-4))
 
     def recur(
@@ -156,12 +165,13 @@ class KDA(LinearMixer):
     ) -> None:
         width = split_heads("KDA", d_model, heads) if head_dim is None else head_dim
         rank = width if decay_rank is None else decay_rank
+        positive("KDA", decay_rank=decay_rank)
         super().__init__(d_model, heads, width, width, conv_width=conv_width, gate="sigmoid", gate_rank=rank,
                          norm_eps=norm_eps)  # fmt: skip
         self.activation, self.safe = "double_sigmoid" if negative_eigenvalues else "sigmoid", safe
         self.beta_proj = nn.Linear(d_model, heads, bias=False)
         self.decay_proj = LowRank(d_model, heads * width, rank, bias=False)
-        self.A_log = nn.Parameter(torch.zeros(heads) if safe else torch.empty(heads).uniform_(a_min, a_max).log())
+        self.A_log = nn.Parameter(torch.zeros(heads) if safe else _rates("KDA", heads, a_min, a_max))
         self.dt_bias = nn.Parameter(_steps(heads * width, 1e-3, 0.1, 1e-4).unflatten(0, (heads, width)))
 
     def recur(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from seqlong.kernels.attention import attention
 from seqlong.kernels.norm import rms_norm
 from seqlong.layout import SequenceLayout
-from seqlong.mixers.base import Mixer
+from seqlong.mixers.base import Mixer, positive
 from seqlong.mixers.cache import AttentionState, carry, join
 from seqlong.mixers.linear import precise
 from seqlong.positions import rotary_axes
@@ -54,6 +54,7 @@ class DifferentialAttention(Mixer):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        positive("DifferentialAttention", heads=heads, head_dim=head_dim, rope_base=rope_base)
         self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
         if self.kv_heads < 1 or heads % self.kv_heads:
             raise ValueError(f"DifferentialAttention needs heads divisible by kv_heads, found {heads} and {kv_heads}")

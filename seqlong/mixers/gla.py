@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlong.layout import SequenceLayout
+from seqlong.mixers.base import positive
 from seqlong.mixers.linear import Gate, LinearMixer, LowRank, precise, split_heads, still
 from seqlong.mixers.recurrences import scalar_decay, vector_decay
 
@@ -46,6 +47,7 @@ class GLA(LinearMixer):
         norm_eps: float = 1e-5,
     ) -> None:
         key, value = (split_heads("GLA", int(d_model * expand), heads) for expand in (expand_k, expand_v))
+        positive("GLA", decay_rank=decay_rank, divisor=divisor)
         super().__init__(d_model, heads, key, value, conv_width=conv_width, gate=gate, norm_eps=norm_eps)
         self.divisor = divisor
         self.decay_proj = LowRank(d_model, heads * self.key_dim, decay_rank)
@@ -98,6 +100,7 @@ class SimpleGLA(LinearMixer):
         norm_eps: float = 1e-5,
     ) -> None:
         key, value = (split_heads("SimpleGLA", int(d_model * expand), heads) for expand in (expand_k, expand_v))
+        positive("SimpleGLA", divisor=divisor)
         super().__init__(d_model, heads, key, value, conv_width=conv_width, gate=gate, norm_eps=norm_eps)
         self.divisor = divisor
         self.decay_proj = nn.Linear(d_model, heads)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seqlong.kernels.attention import attention
 from seqlong.kernels.norm import rms_norm
 from seqlong.layout import SequenceLayout
-from seqlong.mixers.base import Mixer
+from seqlong.mixers.base import Mixer, positive
 from seqlong.mixers.cache import AttentionState, Seen, carry, join
 from seqlong.positions import check_axes, rotary_axes
 
@@ -63,6 +63,7 @@ class LatentAttention(Mixer):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        positive("LatentAttention", heads=heads, rope_base=rope_base)
         if head_dim is None and d_model % heads:
             raise ValueError(f"LatentAttention needs d_model divisible by heads, found {d_model} and {heads}")
         self.heads, self.head_dim = heads, d_model // heads if head_dim is None else head_dim

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from seqlong.kernels.norm import rms_norm
 from seqlong.layout import SequenceLayout
-from seqlong.mixers.base import Mixer, MixerState
+from seqlong.mixers.base import Mixer, MixerState, positive
 from seqlong.mixers.recurrences import short_conv
 
 Gate = Literal["silu", "sigmoid", "none"]
@@ -95,6 +95,9 @@ class LinearMixer(Mixer):
     ) -> None:
         super().__init__()
         name = type(self).__name__
+        positive(name, gate_rank=gate_rank)
+        if conv_width < 0:
+            raise ValueError(f"{name} needs a conv_width of 0 (none) or more, found conv_width={conv_width}")
         groups = heads if groups is None else groups
         if min(heads, key_dim, value_dim, groups) < 1 or heads % groups:
             raise ValueError(

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqlong.layout import SequenceLayout
+from seqlong.mixers.base import positive
 from seqlong.mixers.linear import Constant, Gate, LinearMixer, LowRank, split_heads, still
 from seqlong.mixers.recurrences import scalar_decay
 from seqlong.positions import alibi_slopes, check_axes, lrpe, rotary
@@ -87,6 +88,7 @@ class RetNet(LinearMixer):
         self, d_model: int, heads: int = 4, expand_v: float = 2.0, rope_base: float = 10000.0, norm_eps: float = 1e-5
     ) -> None:
         width = split_heads("RetNet", d_model, heads)
+        positive("RetNet", rope_base=rope_base)
         if width % 2:
             raise ValueError(f"RetNet rotates pairs and needs an even head, found d_model={d_model}, heads={heads}")
         super().__init__(d_model, heads, width, int(width * expand_v), norm_eps=norm_eps)
@@ -184,6 +186,7 @@ class CosFormer2(LinearMixer):
         axes: Sequence[int] | None = None,
     ) -> None:
         width = split_heads("CosFormer2", d_model, heads)
+        positive("CosFormer2", base=base)
         if width % 2:
             raise ValueError(f"CosFormer2 turns half of a head and needs it even, found {width}")
         super().__init__(d_model, heads, width, width, gate="none", norm_eps=norm_eps)

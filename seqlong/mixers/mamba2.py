@@ -18,7 +18,7 @@ from seqlong.kernels.norm import gated_rms_norm
 from seqlong.kernels.scalar_decay import ssd
 from seqlong.kernels.scalar_decay.step import ssd_step
 from seqlong.layout import SequenceLayout
-from seqlong.mixers.base import Mixer, MixerState
+from seqlong.mixers.base import Mixer, MixerState, positive
 from seqlong.mixers.recurrences import short_conv
 from seqlong.parallel import scan
 
@@ -79,6 +79,11 @@ class Mamba2(Mixer):
         recompute: bool = False,
     ) -> None:
         super().__init__()
+        positive(
+            type(self).__name__, d_state=d_state, head_dim=head_dim, expand=expand, groups=groups, conv_width=conv_width
+        )
+        if not 0 < a_min <= a_max:
+            raise ValueError(f"Mamba2 needs 0 < a_min <= a_max, found a_min={a_min}, a_max={a_max}")
         self.d_inner = expand * d_model
         if self.d_inner % head_dim:
             raise ValueError(

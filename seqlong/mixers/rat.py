@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqlong.layout import SequenceLayout
-from seqlong.mixers.base import Mixer
+from seqlong.mixers.base import Mixer, positive
 from seqlong.mixers.cache import places
 from seqlong.mixers.linear import precise, split_heads
 from seqlong.mixers.summaries import SummaryState, attend_summaries
@@ -47,6 +47,7 @@ class Rat(Mixer):
         rope_base: float = 10000.0,
     ) -> None:
         super().__init__()
+        positive("Rat", rope_base=rope_base)
         self.heads, self.head_dim = heads, split_heads("Rat", d_model, heads)
         if chunk < 1:
             raise ValueError(f"Rat needs chunks of at least 1 token, found {chunk}")

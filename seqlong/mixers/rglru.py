@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from seqlong.layout import SequenceLayout
-from seqlong.mixers.base import Mixer, MixerState
+from seqlong.mixers.base import Mixer, MixerState, positive
 from seqlong.mixers.linear import precise, split_heads, still
 
 #: Tokens that are scanned by doubling; above, chunks of as many are scanned in turn.
@@ -51,6 +51,7 @@ class RGLRU(Mixer):
         super().__init__()
         width = d_model if width is None else width
         block = split_heads("RGLRU", width, heads)
+        positive("RGLRU", width=width, conv_width=conv_width)
         self.width, self.heads, self.conv_width = width, heads, conv_width
         self.in_proj, self.gate_proj = nn.Linear(d_model, width), nn.Linear(d_model, width)
         self.conv1d = nn.Conv1d(width, width, conv_width, groups=width)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqlong.layout import SequenceLayout
-from seqlong.mixers.base import Mixer
+from seqlong.mixers.base import Mixer, positive
 from seqlong.mixers.linear import precise, split_heads, still
 from seqlong.mixers.recurrences import vector_decay
 from seqlong.mixers.shift import ShiftState, token_before
@@ -43,6 +43,7 @@ class RWKV6(Mixer):
         norm_eps: float = 64e-5,
     ) -> None:
         super().__init__()
+        positive("RWKV6", mix_rank=mix_rank, decay_rank=decay_rank)
         self.heads, self.head_dim, self.norm_eps = heads, split_heads("RWKV6", d_model, heads), norm_eps
         self.mix_base = nn.Parameter(torch.empty(d_model))
         self.mix = nn.Parameter(torch.empty(5, d_model))  # for w, k, v, r and the gate

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqlong.layout import SequenceLayout
-from seqlong.mixers.base import Mixer
+from seqlong.mixers.base import Mixer, positive
 from seqlong.mixers.linear import precise, split_heads, still
 from seqlong.mixers.recurrences import dplr
 from seqlong.mixers.shift import ShiftState, token_before
@@ -62,6 +62,7 @@ class RWKV7(Mixer):
         norm_eps: float | None = None,
     ) -> None:
         super().__init__()
+        positive("RWKV7", decay_rank=decay_rank, erase_rank=erase_rank, gate_rank=gate_rank)
         self.heads, self.head_dim = heads, split_heads("RWKV7", d_model, heads)
         self.norm_eps = self.head_dim * 1e-5 if norm_eps is None else norm_eps
         low, wide = (max(32, round(size / 32) * 32) for size in (2.5 * d_model**0.5, 5 * d_model**0.5))

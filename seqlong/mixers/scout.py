@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from seqlong.kernels.norm import rms_norm
 from seqlong.layout import SequenceLayout
-from seqlong.mixers.base import Mixer, MixerFactory, MixerState
+from seqlong.mixers.base import Mixer, MixerFactory, MixerState, positive
 from seqlong.mixers.mamba2 import Mamba2
 from seqlong.mixers.rat import summaries_seen
 from seqlong.mixers.summaries import SummaryState, attend_summaries
@@ -71,6 +71,7 @@ class Scout(Mixer):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        positive("Scout", heads=heads, rope_base=rope_base)
         self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
         if d_model % heads or self.kv_heads < 1 or heads % self.kv_heads:
             raise ValueError(

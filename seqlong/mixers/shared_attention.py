@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seqlong.kernels.attention import attention
 from seqlong.layout import SequenceLayout
 from seqlong.mixers.attention import Attention
-from seqlong.mixers.base import Mixer, NoState
+from seqlong.mixers.base import Mixer, NoState, positive
 from seqlong.mixers.cache import Seen
 from seqlong.positions import rotary_axes
 
@@ -38,7 +38,8 @@ class SharedAttention(Mixer):
 
     def __init__(self, d_model: int, heads: int = 8, head_dim: int | None = None, bias: bool = False) -> None:
         super().__init__()
-        if heads < 1 or (head_dim is None and d_model % heads):
+        positive("SharedAttention", heads=heads, head_dim=head_dim)
+        if head_dim is None and d_model % heads:
             raise ValueError(f"SharedAttention needs d_model divisible by heads, found {d_model} and {heads}")
         self.heads = heads
         self.head_dim = d_model // heads if head_dim is None else head_dim

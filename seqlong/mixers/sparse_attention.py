@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seqlong.kernels.attention import attention, summary_attention
 from seqlong.kernels.block_attention import block_attention, choose_blocks
 from seqlong.layout import SequenceLayout
-from seqlong.mixers.base import Mixer
+from seqlong.mixers.base import Mixer, positive
 from seqlong.mixers.cache import AttentionState, each_segment
 from seqlong.positions import check_axes, rotary_axes
 
@@ -34,6 +34,7 @@ class _BlockSparse(Mixer):
     ) -> None:  # fmt: skip
         super().__init__()
         name = type(self).__name__
+        positive(name, heads=heads, head_dim=head_dim, rope_base=rope_base)
         self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
         if self.kv_heads < 1 or heads % self.kv_heads:
             raise ValueError(f"{name} needs heads divisible by kv_heads, found {heads} and {self.kv_heads}")

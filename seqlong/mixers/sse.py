@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from seqlong.kernels.norm import rms_norm
 from seqlong.layout import SequenceLayout
-from seqlong.mixers.base import Mixer
+from seqlong.mixers.base import Mixer, positive
 from seqlong.mixers.linear import LinearState, LowRank, precise, split_heads, still
 from seqlong.mixers.recurrences import vector_decay
 from seqlong.mixers.routing import router_sums
@@ -61,8 +61,11 @@ class SSE(Mixer):
                 f"SSE needs active from 1 to parts, and a balance_loss of 0 or more, found active {active} of {parts} "
                 f"parts, balance_loss {balance_loss}"
             )
+        positive("SSE", decay_rank=decay_rank, divisor=divisor)
         self.heads, self.parts, self.active = heads, parts, active
         self.key_dim, self.value_dim = (split_heads("SSE", int(d_model * x), heads) for x in (expand_k, expand_v))
+        if min(self.key_dim, self.value_dim) < 1:
+            raise ValueError(f"SSE needs heads of at least 1 channel, found expand_k={expand_k}, expand_v={expand_v}")
         self.divisor, self.norm_eps, self.balance_loss = divisor, norm_eps, balance_loss
         keys, values, rank = heads * self.key_dim, heads * self.value_dim, self.value_dim
         self.qkv_proj = nn.Linear(d_model, 2 * keys + values, bias=False)
