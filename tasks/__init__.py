@@ -11,6 +11,7 @@ from seqlong.tasks.tracks import TrackPrediction
 from seqlong.tasks.video_classification import VideoClassification
 from seqlong.tasks.video_patches import MaskedVideo, VideoPrediction
 from seqlong.tasks.video_regression import VideoRegression
+from seqlong.tasks.video_text import VideoTextMatching
 from seqlong.tasks.video_tokenizer import VideoTokenizer
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "VideoClassification",
     "VideoPrediction",
     "VideoRegression",
+    "VideoTextMatching",
     "VideoTokenizer",
 ]

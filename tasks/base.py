@@ -120,6 +120,20 @@ class SequenceTask(LightningModule):
             dist.all_reduce(totals)
         total, positions = torch.where(totals > 0, totals, 1)
         loss = (nll * weight).sum() * ranks / total
+        loss, aux = self._add_aux(loss, output, positions)
+        counted = weight > 0
+        nats = torch.where(counted, nll.detach(), 0).sum(dtype=torch.float64)
+        return loss, {"nats": nats, "count": counted.sum(), **aux}
+
+    def _with_aux(self, loss: Tensor, output: BackboneOutput, batch: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and the auxiliary losses of the blocks, and their figures."""
+        positions = _positions(batch)
+        if world()[1] > 1:
+            dist.all_reduce(positions)
+        return self._add_aux(loss, output, positions.clamp(min=1))
+
+    def _add_aux(self, loss: Tensor, output: BackboneOutput, positions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        ranks = world()[1]
         aux = {}
         for name, value in output.aux.items():
             if name.endswith("_sum"):  # over the positions of this rank
@@ -130,9 +144,7 @@ class SequenceTask(LightningModule):
                 loss = loss + value
         if self.training:
             self.experts.add(output.aux)
-        counted = weight > 0
-        nats = torch.where(counted, nll.detach(), 0).sum(dtype=torch.float64)
-        return loss, {"nats": nats, "count": counted.sum(), **aux}
+        return loss, aux
 
     def _own(self, batch: SequenceBatch) -> SequenceBatch:
         """The part of the rows that this process holds, under sequence parallelism."""
@@ -166,12 +178,15 @@ class SequenceTask(LightningModule):
                 f"{type(self).__name__} predicts the {_MEANING[self.targets]}, but data.targets is '{found}'; set "
                 f"data.targets={self.targets}"
             )
+        check_patches(self, data)
         symbols, size = getattr(getattr(data, "vocabulary", None), "size", 0), self.head.vocab_size
         if symbols > size:
             raise ConfigError(
                 f"the data has {symbols} symbols, but the model's vocabulary {size}; set "
                 f"model.backbone.vocab_size={symbols}"
             )
+        if self.backbone.strands is not None and hasattr(data, "check_strands"):
+            data.check_strands(self.backbone.strands.pairs)
 
     # --- training ------------------------------------------------------------------------------------------------
 
@@ -309,7 +324,24 @@ class SequenceTask(LightningModule):
         }
 
 
-_MEANING = {"next": "token after each position", "same": "token at each hidden position"}
+_MEANING = {
+    "next": "token after each position",
+    "same": "token at each hidden position",
+    "pair": "text that belongs to a video",
+    "label": "label of a record",
+}
+
+
+def check_patches(task: SequenceTask, data: Any) -> None:
+    """Raise ConfigError unless the data's patches are of the size that the model was built for."""
+    tubelets = getattr(data, "tubelets", None)
+    size = getattr(task.backbone.patch_embedding, "size", None)
+    if tubelets is not None and size is not None and tubelets.size != size:
+        raise ConfigError(
+            f"data.tubelets of {tubelets.time} x {tubelets.height} x {tubelets.width} x 3 are patches of "
+            f"{tubelets.size} numbers, but the model's are of {size}; set "
+            f"model.backbone.patches.init_args.size={tubelets.size}"
+        )
 
 
 def _weight(batch: SequenceBatch) -> Float[Tensor, "b t"]:

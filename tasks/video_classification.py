@@ -15,7 +15,7 @@ from seqlong.batch import SequenceBatch
 from seqlong.errors import ConfigError
 from seqlong.heads import LanguageHead
 from seqlong.optim import Optimizer, Schedule
-from seqlong.tasks.base import SequenceTask
+from seqlong.tasks.base import SequenceTask, check_patches
 from seqlong.tasks.finetune import freeze_blocks, load_backbone, scale_by_depth
 from seqlong.tasks.masking import draw
 
@@ -260,16 +260,4 @@ def needs_patches(task: SequenceTask) -> None:
             f"{type(task).__name__} reads patches, but the model embeds tokens only; take a model of video (model="
             "video_small), or set model.backbone.patches={class_path: seqlong.embeddings.PatchEmbedding, init_args: "
             "{size: N}}"
-        )
-
-
-def check_patches(task: SequenceTask, data: Any) -> None:
-    """Raise ConfigError unless the data's patches are of the size that the model was built for."""
-    tubelets = getattr(data, "tubelets", None)
-    size = getattr(task.backbone.patch_embedding, "size", None)
-    if tubelets is not None and size is not None and tubelets.size != size:
-        raise ConfigError(
-            f"data.tubelets of {tubelets.time} x {tubelets.height} x {tubelets.width} x 3 are patches of "
-            f"{tubelets.size} numbers, but the model's are of {size}; set "
-            f"model.backbone.patches.init_args.size={tubelets.size}"
         )

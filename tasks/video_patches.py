@@ -19,10 +19,10 @@ from seqlong.errors import ConfigError
 from seqlong.fragment import Fragment
 from seqlong.metrics import world
 from seqlong.optim import Optimizer, Schedule
-from seqlong.tasks.base import SequenceTask
+from seqlong.tasks.base import SequenceTask, check_patches
 from seqlong.tasks.experts import PREFIX
 from seqlong.tasks.masking import draw
-from seqlong.tasks.video_classification import check_patches, needs_patches
+from seqlong.tasks.video_classification import needs_patches
 
 Mask = Literal["row", "clip_row", "tube", "random"]
 _MASK = 1 << 41  # names the draw of masks

@@ -13,7 +13,7 @@ from torch import Tensor
 from seqlong.backbone import Backbone, BackboneConfig
 from seqlong.batch import SequenceBatch
 from seqlong.datamodules.video import FlashCount, FlashOrder, SyntheticVideo, Tubelets, VideoNeedle
-from seqlong.datamodules.video.synthetic import _COLOURS, MovingDigits
+from seqlong.datamodules.video.synthetic import COLOURS, MovingDigits
 from seqlong.embeddings import PatchEmbedding
 from seqlong.errors import ConfigError
 from seqlong.mixers import Attention, Bidirectional, Mamba2
@@ -233,7 +233,7 @@ def test_prediction_learns_from_carried_state() -> None:
 
 def lit(pixels: np.ndarray, shape: int) -> np.ndarray:
     """Frames in which a shape shows its full colour."""
-    return (pixels == _COLOURS[shape]).all(-1).any((1, 2))
+    return (pixels == COLOURS[shape]).all(-1).any((1, 2))
 
 
 def test_labels_say_what_is_seen() -> None:
@@ -255,7 +255,7 @@ def test_a_needle_is_in_one_frame(ask: str) -> None:
         flat = [len(np.unique(frame.reshape(-1, 3), axis=0)) <= 2 for frame in made.pixels]
         assert sum(flat) == 1
         place = flat.index(True)
-        signs = sum(1 << f for f in range(4) if (made.pixels[place, f // 2 * 4, f % 2 * 4] == _COLOURS[0]).all())
+        signs = sum(1 << f for f in range(4) if (made.pixels[place, f // 2 * 4, f % 2 * 4] == COLOURS[0]).all())
         assert made.label == (signs if ask == "which" else place // 25)
 
 

@@ -224,7 +224,7 @@ class VideoData(SequenceData):
     def training_batches(self) -> Dataset[SequenceBatch]:
         if self.order == "stream" and self._streams is None:
             self.setup("fit")
-        return _Training(self)
+        return TrainingClips(self)
 
     def val_dataloader(self) -> DataLoader[SequenceBatch]:
         """Every clip and crop of the validation videos."""
@@ -243,7 +243,11 @@ class VideoData(SequenceData):
         if not videos:
             raise DataError(f"{self.path}: no video is for {part}; raise data.{part}, or say so in the list")
         self._faults[part] = Faults(part, -(-len(videos) * self.views // self._place()[1]))
-        return self.evaluation_loader(_Evaluation(self, videos), len(videos) * self.views)
+        return self.evaluation_loader(self.evaluation_batches(videos), len(videos) * self.views)
+
+    def evaluation_batches(self, videos: list[Video]) -> Dataset[SequenceBatch]:
+        """What turns numbers of views of some videos into batches."""
+        return EvaluationClips(self, videos)
 
     def on_before_batch_transfer(self, batch: SequenceBatch, dataloader_idx: int) -> SequenceBatch:
         """Count what could not be read."""
@@ -285,7 +289,9 @@ class _Rows:
         return with_values(batch, torch.from_numpy(np.stack(known)))
 
 
-class _Training(_Rows, Dataset[SequenceBatch]):
+class TrainingClips(_Rows, Dataset[SequenceBatch]):
+    """Batches to train on, by what a sampler asks for."""
+
     def __init__(self, data: VideoData) -> None:
         super().__init__(data)
         self.videos, self.streams = data.videos["train"], data._streams
@@ -327,7 +333,9 @@ class _Training(_Rows, Dataset[SequenceBatch]):
         return clip, video
 
 
-class _Evaluation(_Rows, Dataset[SequenceBatch]):
+class EvaluationClips(_Rows, Dataset[SequenceBatch]):
+    """Batches to measure with, by numbers of views; a negative one is a row that counts for nothing."""
+
     def __init__(self, data: VideoData, videos: list[Video]) -> None:
         super().__init__(data)
         self.videos, self.clips, self.crops = videos, data.eval_clips, data.eval_crops

@@ -6,10 +6,11 @@ import csv
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from seqlong.datamodules.dna.alphabet import LETTERS
 from seqlong.datamodules.sampler import permute
 from seqlong.datamodules.video.check import ENDINGS, videos_under
 from seqlong.datamodules.video.tars import facts_of, tar_of
@@ -17,7 +18,7 @@ from seqlong.errors import ConfigError, DataError, located, nearest
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
-_COLUMNS = ("path", "label", "start", "end", "split", "group")
+_COLUMNS = ("path", "label", "start", "end", "split", "group", "text", "dna")
 _NAMES: dict[str, Part] = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
                            "validation": "validation", "test": "test", "testing": "test"}  # fmt: skip
 
@@ -33,6 +34,9 @@ class Video:
         end: seconds at which it ends; None is the end of the file.
         split: the part that a list puts it in; None leaves that to ``divide``.
         group: videos of one group are never parted; the file itself if the list names none.
+        text: what is said of it; empty where nothing is.
+        dna: bases that go with it; empty where none do.
+        line: of the list; 0 where there is none.
     """
 
     path: Path
@@ -41,6 +45,9 @@ class Video:
     end: float | None = None
     split: Part | None = None
     group: str = ""
+    text: str = ""
+    dna: str = ""
+    line: int = 0
 
     @property
     def name(self) -> str:
@@ -57,8 +64,8 @@ def read_videos(path: str | Path, group_pattern: str | None = None, endings: Col
     Args:
         path: a folder with a folder for each class, or with ``train``, ``val`` and ``test`` folders that have them; a
             webdataset tar or a folder of them, whose samples have a video and a .json of the names below (or a .cls); a
-            .csv with a header, or a .jsonl: path, and as many of label, start, end (seconds), split and group as are
-            known. Paths are taken from the list's folder.
+            .csv with a header, or a .jsonl: path, and as many of label, start, end (seconds), split, group, text and
+            dna as are known. Paths are taken from the list's folder.
         group_pattern: regular expression; what it finds in a file's name (its first bracket) is the file's group.
         endings: of the files that a folder is searched for.
 
@@ -88,7 +95,7 @@ def read_videos(path: str | Path, group_pattern: str | None = None, endings: Col
     for video in found:
         match = pattern.search(video.path.stem)
         group = video.group if match is None else match[1 if pattern.groups else 0]
-        named.append(Video(video.path, video.label, video.start, video.end, video.split, group))
+        named.append(replace(video, group=group))
     return named
 
 
@@ -101,7 +108,7 @@ def _of_folder(root: Path, endings: Collection[str]) -> Iterator[Video]:
     if splits and len(splits) == len(folders):
         for folder, split in splits.items():
             for video in _of_folder(folder, endings):
-                yield Video(video.path, video.label, split=split, group=str(video.path))
+                yield replace(video, split=split, group=str(video.path))
         return
     for file in videos_under(root, endings):
         if not file.is_file():
@@ -127,7 +134,16 @@ def _of_member(path: Path) -> Video:
     part = _NAMES.get(split or (named[0] if named else ""))
     label = row.get("label")
     group = str(row.get("group") or "").strip() or str(path)
-    return Video(path, "" if label is None else str(label).strip(), start or 0.0, end, part, group)
+    text, dna = (str(row.get(key) or "").strip() for key in ("text", "dna"))
+    _check_dna(where, 1, dna)
+    return Video(path, "" if label is None else str(label).strip(), start or 0.0, end, part, group, text, dna)
+
+
+def _check_dna(source: Path, line: int, dna: str) -> None:
+    """Raise DataError for what is no DNA."""
+    wrong = ", ".join(map(repr, sorted(set(dna.upper()) - set(LETTERS))[:5]))
+    if wrong:
+        raise DataError(located(source, line, f"dna has {wrong}; expected letters of {LETTERS}"))
 
 
 def _of_list(source: Path) -> Iterator[Video]:
@@ -149,9 +165,11 @@ def _of_list(source: Path) -> Iterator[Video]:
         if split and split not in _NAMES:
             raise DataError(located(source, line, f"split '{split}' is none of train, val and test"))
         label = row.get("label")
+        text, dna = (str(row.get(key) or "").strip() for key in ("text", "dna"))
+        _check_dna(source, line, dna)
         yield Video(
             file, "" if label is None else str(label).strip(), start or 0.0, end, _NAMES.get(split),
-            str(row.get("group") or "").strip() or str(file),
+            str(row.get("group") or "").strip() or str(file), text, dna, line,
         )  # fmt: skip
 
 

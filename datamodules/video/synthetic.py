@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from seqlong.errors import ConfigError
 
-_COLOURS = np.array([[220, 60, 50], [60, 190, 80], [70, 90, 230], [210, 190, 60], [190, 80, 200]], dtype=np.uint8)
-_DIM = (_COLOURS.astype(np.int64) * 2 // 5).astype(np.uint8)  # what is not lit
+COLOURS = np.array([[220, 60, 50], [60, 190, 80], [70, 90, 230], [210, 190, 60], [190, 80, 200]], dtype=np.uint8)
+_DIM = (COLOURS.astype(np.int64) * 2 // 5).astype(np.uint8)  # what is not lit
 
 
 class Filmed(NamedTuple):
@@ -76,7 +76,7 @@ class FlashOrder:
         for number in range(frames):
             for shape, track in enumerate(tracks):
                 lit = when[shape] <= number < when[shape] + self.flash
-                _draw(pixels[number], shape, track[number], size // 6, (_COLOURS if lit else _DIM)[shape])
+                draw_shape(pixels[number], shape, track[number], size // 6, (COLOURS if lit else _DIM)[shape])
         return Filmed(pixels, label)
 
     def describe(self) -> dict[str, object]:
@@ -107,9 +107,9 @@ class FlashCount:
         pixels = _stage(random, frames, size)
         tracks = [_bounce(random, frames, size, size // 6) for _ in range(2)]
         for number in range(frames):
-            _draw(pixels[number], 1, tracks[1][number], size // 6, _DIM[1])
+            draw_shape(pixels[number], 1, tracks[1][number], size // 6, _DIM[1])
             lit = any(start <= number < start + self.flash for start in starts)
-            _draw(pixels[number], 0, tracks[0][number], size // 6, (_COLOURS if lit else _DIM)[0])
+            draw_shape(pixels[number], 0, tracks[0][number], size // 6, (COLOURS if lit else _DIM)[0])
         return Filmed(pixels, label)
 
     def describe(self) -> dict[str, object]:
@@ -148,7 +148,7 @@ class VideoNeedle:
         half = size // 2
         for field in range(4):
             y, x = divmod(field, 2)
-            colour = _COLOURS[0] if sign >> field & 1 else _COLOURS[2]
+            colour = COLOURS[0] if sign >> field & 1 else COLOURS[2]
             pixels[place, y * half : (y + 1) * half, x * half : (x + 1) * half] = colour
         return Filmed(pixels, sign if self.ask == "which" else place * self.parts // frames)
 
@@ -236,9 +236,10 @@ def _mesh(size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return steps[:, None], steps[None, :]
 
 
-def _draw(
+def draw_shape(
     picture: NDArray[np.uint8], shape: int, middle: NDArray[np.float64], radius: int, colour: NDArray[np.uint8]
 ) -> None:
+    """Draw a disc (0), square, diamond or ring into ``(h w 3)``."""
     rows, columns = _mesh(len(picture))
     dy, dx = np.abs(rows - middle[0]), np.abs(columns - middle[1])
     if shape == 0:

@@ -39,7 +39,7 @@ def members(tar: Path, endings: Collection[str]) -> Iterator[Path]:
 
 
 def facts_of(path: Path) -> dict[str, Any]:
-    """What the ``.json`` and ``.cls`` of a member's sample say of it.
+    """What the ``.json``, ``.cls`` and ``.txt`` of a member's sample say of it.
 
     Raises:
         DataError: JSON that cannot be read, or is no object.
@@ -49,13 +49,13 @@ def facts_of(path: Path) -> dict[str, Any]:
     place, _ = _place(path, tar)
     index = open_index(tar)
     said: dict[str, Any] = {}
-    for field in ("json", "cls", "label"):
+    for field in ("json", "cls", "label", "txt"):
         number = index.fields.index(field) if field in index.fields else -1
         if number < 0 or index.offset[place, number] < 0:
             continue
         text = _bytes(tar, int(index.offset[place, number]), int(index.size[place, number]))
         if field != "json":
-            said["label"] = text.decode("utf-8", "replace").strip()
+            said["text" if field == "txt" else "label"] = text.decode("utf-8", "replace").strip()
             continue
         try:
             found = json.loads(text)

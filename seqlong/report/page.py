@@ -13,6 +13,7 @@ from seqlong.report.experts import experts_section
 from seqlong.report.losses import losses_section
 from seqlong.report.recall import recall_section
 from seqlong.report.record import RunRecord, read_run, unix_seconds
+from seqlong.report.retrieval import retrieval_section
 from seqlong.report.style import STYLE
 from seqlong.report.text import Html, div, tag
 
@@ -47,6 +48,7 @@ def render(record: RunRecord) -> str:
         _head(record),
         sections.loss_section(record),
         recall_section(record),
+        retrieval_section(record),
         losses_section(record),
         sections.training_section(record),
         sections.model_section(record),
