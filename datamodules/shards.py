@@ -4,6 +4,9 @@ A sample is the members of a tar that share a key: ``0001.mp4`` and ``0001.json`
 sample ``0001``. With the offset and size of every member known, samples are as good as rows of an array: which of them
 make up a batch is a function of the batch's number alone (`EpochOrder` over the sampler), so that no sample is lost or
 repeated, and all ranks make equal steps, whatever the number of workers and ranks, and when those change at a resume.
+
+A tar may be at a URL (``s3://``, ``gs://``, ``https://``): its headers are read once, and after that each process reads
+the members that its samples need, and nothing else.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from seqlong.datamodules import remote
 from seqlong.datamodules.dna.cache import atomic_write, default_cache_dir, explained
 from seqlong.datamodules.sampler import permute
 from seqlong.errors import DataError, nearest
@@ -73,6 +77,7 @@ class ShardIndex:
         size: ``(n, f)`` int64 bytes of it.
         key_text: ``(.)`` uint8 the keys, one after the other.
         key_end: ``(n)`` int64 where in it each key ends.
+        url: of a tar that is not on this machine; its ``path`` is the name alone.
     """
 
     path: Path
@@ -82,6 +87,12 @@ class ShardIndex:
     size: NDArray[np.int64]
     key_text: NDArray[np.uint8]
     key_end: NDArray[np.int64]
+    url: str | None = None
+
+    @property
+    def source(self) -> Path | str:
+        """The path, or the URL."""
+        return self.url or self.path
 
     @property
     def samples(self) -> int:
@@ -100,11 +111,11 @@ def scan(path: str | Path, fields: Sequence[str] | None = None) -> ShardIndex:
     Raises:
         DataError: no tar, compressed, truncated, a link in it, the same member twice, or no samples.
     """
-    path = Path(path)
+    path = path if remote.is_url(path) else Path(path)
     _check(path)
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    whole = path.stat().st_size
-    with path.open("rb") as file:
+    whole = _size(path)
+    with path.open("rb") if isinstance(path, Path) else remote.opened(path) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
@@ -145,7 +156,8 @@ def scan(path: str | Path, fields: Sequence[str] | None = None) -> ShardIndex:
             offset[place, number[field]], size[place, number[field]] = start, length
     keys = [key.encode("utf-8", "surrogateescape") for key in samples]
     ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
-    return ShardIndex(path, whole, names, offset, size, np.frombuffer(b"".join(keys), dtype=np.uint8), ends)
+    text = np.frombuffer(b"".join(keys), dtype=np.uint8)
+    return ShardIndex(_name(path), whole, names, offset, size, text, ends, _url(path))
 
 
 def write_index(index: ShardIndex, target: Path) -> None:
@@ -162,8 +174,8 @@ def write_index(index: ShardIndex, target: Path) -> None:
         )
 
 
-def read_index(path: Path, source: Path) -> ShardIndex | None:
-    """The index of the tar ``path`` in the file ``source``; None where that is none, or of another form.
+def read_index(path: Path | str, source: Path) -> ShardIndex | None:
+    """The index of the tar ``path`` (or URL) in the file ``source``; None where that is none, or of another form.
 
     Raises:
         DataError: it is the index of a tar of another size.
@@ -176,13 +188,14 @@ def read_index(path: Path, source: Path) -> ShardIndex | None:
             parts = [arrays[name] for name in ("offset", "size", "key_text", "key_end")]
     except (FileNotFoundError, ValueError, KeyError, EOFError, BadZipFile):
         return None
-    if about["bytes"] != path.stat().st_size:
+    size = _size(path)
+    if about["bytes"] != size:
         raise DataError(
-            f"{path}: the tar has {path.stat().st_size:,} bytes, but its index {source.name} is of one with "
+            f"{path}: the tar has {size:,} bytes, but its index {source.name} is of one with "
             f"{about['bytes']:,}: one of them was cut off or replaced. Copy the tar again, or, if it is right, run "
             "seqlong shards index"
         )
-    return ShardIndex(path, about["bytes"], tuple(about["fields"]), *parts)
+    return ShardIndex(_name(path), about["bytes"], tuple(about["fields"]), *parts, url=_url(path))
 
 
 def beside(path: Path) -> Path:
@@ -204,15 +217,21 @@ def open_index(
     Raises:
         DataError: the tar cannot be used.
     """
+    folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    if isinstance(path, str) and remote.is_url(path):
+        return _remote_index(path, fields, folder)
     path = Path(path)
     _check(path)
     if fields is None:
         known = read_index(path, beside(path))
         if known is not None:
             return known
-    folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     status = path.stat()
     facts = json.dumps([str(path.resolve()), status.st_size, status.st_mtime_ns, fields, _FORMAT])
+    return _kept_index(path, fields, folder, facts)
+
+
+def _kept_index(path: Path | str, fields: Sequence[str] | None, folder: Path, facts: str) -> ShardIndex:
     kept = folder / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.tar{INDEX_SUFFIX}"
     index = read_index(path, kept)
     if index is None:
@@ -221,6 +240,19 @@ def open_index(
             folder.mkdir(parents=True, exist_ok=True)
             write_index(index, kept)
     return index
+
+
+def _remote_index(url: str, fields: Sequence[str] | None, folder: Path) -> ShardIndex:
+    """The index beside a tar at a URL, if there is one, which saves a request for each of its members."""
+    facts = json.dumps([remote.identity(url), fields, _FORMAT])
+    if fields is None:
+        try:
+            known = read_index(url, remote.fetched(url + INDEX_SUFFIX, folder))
+        except DataError:  # none there, or of another tar: the tar itself knows
+            known = None
+        if known is not None:
+            return known
+    return _kept_index(url, fields, folder, facts)
 
 
 class Shards:
@@ -233,7 +265,7 @@ class Shards:
         first: ``(shards + 1)`` int64 number of the first sample of each, and the number of all.
 
     Args:
-        paths: the tars.
+        paths: the tars, or their URLs.
         fields: names of fields that have dots of their own; see `split_name`.
         cache_dir: folder of the cache of indexes.
 
@@ -250,6 +282,7 @@ class Shards:
         counts = [index.samples for index in self.indexes]
         self.first: NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._cache_dir = cache_dir
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -277,21 +310,26 @@ class Shards:
         return field in index.fields and int(index.offset[place, index.fields.index(field)]) >= 0
 
     def span(self, number: int, field: str) -> tuple[Path, int, int]:
-        """File, first byte and number of bytes of a field, for readers that want no copy.
+        """File, first byte and number of bytes of a field, for readers that want no copy. A tar at a URL is copied into
+        the cache for them.
 
         Raises:
             DataError: the sample has no such field.
         """
+        source, offset, size = self._span(number, field)
+        return source if isinstance(source, Path) else remote.fetched(source, self._cache_dir), offset, size
+
+    def _span(self, number: int, field: str) -> tuple[Path | str, int, int]:
         shard, place = self.locate(number)
         index = self.indexes[shard]
         column = index.fields.index(field) if field in index.fields else -1
         if column < 0 or index.offset[place, column] < 0:
             there = [name for at, name in enumerate(index.fields) if index.offset[place, at] >= 0]
             raise DataError(
-                f"{index.path}: sample '{index.key(place)}' has no field '{field}'{nearest(field, there)}; it has "
+                f"{index.source}: sample '{index.key(place)}' has no field '{field}'{nearest(field, there)}; it has "
                 f"{', '.join(there)}"
             )
-        return index.path, int(index.offset[place, column]), int(index.size[place, column])
+        return index.source, int(index.offset[place, column]), int(index.size[place, column])
 
     def read(self, number: int, field: str) -> bytes:
         """The bytes of a field.
@@ -299,7 +337,12 @@ class Shards:
         Raises:
             DataError: the sample has no such field, or the tar is shorter than when it was indexed.
         """
-        path, offset, size = self.span(number, field)
+        path, offset, size = self._span(number, field)
+        if isinstance(path, str):
+            found = remote.read(path, offset, size)
+            if len(found) < size:
+                raise DataError(f"{path}: the tar ends inside sample '{self.key(number)}': it was replaced by another")
+            return found
         found = os.pread(self._file(self.locate(number)[0]), size, offset)
         while len(found) < size:
             more = os.pread(self._file(self.locate(number)[0]), size - len(found), offset + len(found))
@@ -377,12 +420,30 @@ class EpochOrder:
         return int(self.first[shard] + permute(within, size, self.seed, _WITHIN, epoch, shard)[0])
 
 
-def _check(path: Path) -> None:
+def _name(path: Path | str) -> Path:
+    return path if isinstance(path, Path) else Path(path.rpartition("/")[2])
+
+
+def _url(path: Path | str) -> str | None:
+    return None if isinstance(path, Path) else path
+
+
+def _size(path: Path | str) -> int:
+    return path.stat().st_size if isinstance(path, Path) else remote.size_of(path)
+
+
+def _check(path: Path | str) -> None:
+    if isinstance(path, str):
+        _plain(path, remote.read(path, 0, 4))
+        return
     if not path.is_file():
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{path}: no such file{nearest(path.name, names)}")
     with path.open("rb") as file:
-        head = file.read(4)
+        _plain(path, file.read(4))
+
+
+def _plain(path: Path | str, head: bytes) -> None:
     if not head:
         raise DataError(f"{path}: the file is empty; expected a tar")
     if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh")):
@@ -392,7 +453,7 @@ def _check(path: Path) -> None:
         )
 
 
-def _truncated(path: Path, size: int, samples: dict[str, dict[str, tuple[int, int]]]) -> DataError:
+def _truncated(path: Path | str, size: int, samples: dict[str, dict[str, tuple[int, int]]]) -> DataError:
     last = next(reversed(samples), None)
     after = f"after sample '{last}', the {len(samples):,}th" if last is not None else "in its first member"
     return DataError(

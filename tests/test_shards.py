@@ -10,11 +10,13 @@ import tarfile
 from itertools import islice
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from seqlong.cli import main
+from seqlong.datamodules import remote
 from seqlong.datamodules.sampler import BatchSampler, Stage
 from seqlong.datamodules.shards import (
     EpochOrder,
@@ -26,6 +28,7 @@ from seqlong.datamodules.shards import (
     split_name,
     write_index,
 )
+from seqlong.datamodules.text.files import find_files
 from seqlong.errors import ConfigError, DataError
 from seqlong.shards import check, index, make
 
@@ -271,3 +274,80 @@ def test_check_says_all_that_is_wrong(shards, tmp_path, capsys):
     assert main(["shards", "check", str(tmp_path)]) == 2
     assert main(["shards", "check", str(tmp_path / "none.tar")]) == 2
     assert main(["shards", "frobnicate"]) == 2
+
+
+# --- at a URL --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(shards) -> fsspec.AbstractFileSystem:
+    """The same shards at ``memory://bucket``."""
+    system = fsspec.filesystem("memory")
+    for path in shards:
+        system.pipe(f"/bucket/{path.name}", path.read_bytes())
+    yield system
+    system.rm("/bucket", recursive=True)
+
+
+def test_shards_at_a_url_are_read_where_they_lie(bucket, shards, tmp_path, monkeypatch):
+    asked = []
+    cat = type(bucket).cat_file
+    monkeypatch.setattr(type(bucket), "cat_file", lambda self, path, **at: asked.append(at) or cat(self, path, **at))
+    urls = remote.find("memory://bucket/*.tar")
+    assert [url.rpartition("/")[2] for url in urls] == ["0.tar", "1.tar", "2.tar"] and all(map(remote.is_url, urls))
+    here, there = Shards(shards, cache_dir=tmp_path), pickle.loads(pickle.dumps(Shards(urls, cache_dir=tmp_path)))
+    assert len(there) == len(here) == 15
+    asked.clear()
+    for number in range(15):
+        assert there.sample(number) == here.sample(number) and there.key(number) == here.key(number)
+    assert sum(at["end"] - at["start"] for at in asked) == sum(index.size.sum() for index in here.indexes)
+    path, offset, size = there.span(14, "mp4")
+    assert path.is_relative_to(tmp_path / "remote") and path.read_bytes()[offset:][:size] == there.read(14, "mp4")
+    with pytest.raises(DataError, match=r"memory:.*bucket/0.tar: sample 'clip0.v0' has no field 'mp3'; did you mean"):
+        there.read(0, "mp3")
+
+
+def test_an_index_at_a_url_saves_reading_the_headers(bucket, shards, tmp_path, monkeypatch):
+    index([shards[0]])
+    bucket.pipe("/bucket/0.tar.idx", beside(shards[0]).read_bytes())
+    monkeypatch.setattr(remote, "opened", None)
+    assert Shards(["memory://bucket/0.tar"], cache_dir=tmp_path / "new").read(4, "mp4") == b"\x00\x04" * 5
+
+
+def test_what_is_wrong_at_a_url(bucket, tmp_path, monkeypatch):
+    bucket.pipe("/bucket/cut.tar", bucket.cat("/bucket/0.tar")[:3000])
+    for url, what in (
+        ("memory://bucket/none.tar", "no such file"),
+        ("memory://bucket/cut.tar", "truncated"),
+        ("memory://bucket", "is a folder"),
+        ("nosuch://bucket/a.tar", "Protocol not known"),
+    ):
+        with pytest.raises(DataError, match=f"{url}: .*{what}"):
+            Shards([url], cache_dir=tmp_path)
+    with pytest.raises(DataError, match="nothing there matches"):
+        remote.find("memory://bucket/*.zip")
+    found = Shards(["memory://bucket/2.tar"], cache_dir=tmp_path)
+    bucket.pipe("/bucket/2.tar", b"other")
+    with pytest.raises(DataError, match="was replaced by another"):
+        found.read(6, "mp4")
+
+    def fails(*words, **at):
+        raise ConnectionResetError("the line is dead")
+
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
+    monkeypatch.setattr(type(bucket), "cat_file", fails)
+    with pytest.raises(DataError, match="after 4 attempts: the line is dead"):
+        found.read(0, "mp4")
+
+
+def test_text_at_a_url_is_copied_once(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("SEQLONG_CACHE", str(tmp_path / "cache"))
+    bucket.pipe("/bucket/a.txt", b"some text")
+    bucket.pipe("/bucket/b.png", b"none")
+    (*_, first), left = find_files("memory://bucket/*.*")
+    assert first.read_bytes() == b"some text" and first.name == "a.txt", "sorted: after the tars"
+    assert [path.name for path in left] == ["b.png"]
+    changed = first.stat().st_mtime_ns
+    assert find_files("memory://bucket/a.txt")[0] == [first] and first.stat().st_mtime_ns == changed
+    bucket.pipe("/bucket/a.txt", b"some other text")
+    assert find_files("memory://bucket/a.txt")[0][0].read_bytes() == b"some other text"

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import zstandard
 
+from seqlong.datamodules import remote
 from seqlong.errors import DataError, nearest
 
 CHUNK = 1 << 20
@@ -57,7 +58,8 @@ def find_files(paths: str | Iterable[str]) -> tuple[list[Path], list[Path]]:
     """Files that ``paths`` stand for, in a fixed order, and those in their folders that are not text.
 
     A folder stands for all files below it with a known suffix (see `KINDS`, compressed or not), hidden ones left out; a
-    pattern (``*``, ``?``, ``[...]``, ``**``) for what matches; a file for itself, as text if its suffix is unknown.
+    pattern (``*``, ``?``, ``[...]``, ``**``) for what matches; a file for itself, as text if its suffix is unknown. A
+    URL (``s3://``, ``gs://``, ``https://``), which may be a pattern, stands for copies in the cache.
 
     Raises:
         DataError: nothing there, or no such file.
@@ -68,6 +70,12 @@ def find_files(paths: str | Iterable[str]) -> tuple[list[Path], list[Path]]:
     found: dict[Path, None] = {}
     left: list[Path] = []
     for text in given:
+        if remote.is_url(text):
+            urls = remote.find(text)
+            known = [url for url in urls if len(urls) == 1 or kind_of(Path(url)) is not None]
+            left += [Path(url) for url in urls if url not in known]
+            found.update(dict.fromkeys(remote.fetched(url) for url in known))
+            continue
         path = Path(text).expanduser()
         if path.is_dir():
             inside = [entry for entry in _below(path) if entry.stat().st_size or kind_of(entry)]
