@@ -16,6 +16,7 @@ import seqlong.configs  # noqa: F401 (what interpolations compute)
 from seqlong.backbone import BackboneConfig
 from seqlong.datamodules.dna.alphabet import DnaVocabulary, reverse_complement
 from seqlong.datamodules.dna.datamodule import GenomeData
+from seqlong.datamodules.dna.labelled import LabelledData
 from seqlong.datamodules.dna.splits import BlockSplit, ContigSplit
 from seqlong.datamodules.dna.tokens import (
     CodonTokenizer,
@@ -215,7 +216,8 @@ def test_rows_hold_the_words_of_the_window_and_what_follows(make, overlap):
 
 
 def test_words_never_read_beyond_their_region(make):
-    data = make({"a": bases(3000, 2)}, TokenizerSettings("kmer", k=6, overlap=True), length=32, reverse_complement=0.5)
+    data = make({"a": bases(3000, 2)}, TokenizerSettings("kmer", k=6, overlap=True), length=32,
+                split=BlockSplit(block_bases=500, gap_bases=1))  # fmt: skip
     held = [region for name in ("validation", "test") for region in data.split.regions[name]]
     marked = np.zeros(3000, dtype=bool)
     for region in held:
@@ -309,3 +311,61 @@ def test_masked_models_take_the_symbols_of_the_data(make):
     fixed._trainer = task._trainer
     with pytest.raises(ConfigError, match=r"task\.replacements="):
         fixed.setup("fit")
+
+
+# Labelled records
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    def build(texts: list[str], settings: TokenizerSettings, **more) -> LabelledData:
+        path = tmp_path / "rows.csv"
+        path.write_text("sequence,label\n" + "".join(f"{text},{number % 2}\n" for number, text in enumerate(texts)))
+        given = {"validation": str(path), "floors": False, "batch_size": len(texts), "eval_batch_size": len(texts)}
+        return LabelledData(str(path), cache_dir=str(tmp_path), tokenizer=settings, **(given | more))
+
+    return build
+
+
+ROWS = ["ACGTAC", "TTTAAA", "ACGTACGGT", "ccnGGGt"]
+
+
+@pytest.mark.parametrize("rows", ["pad", "pack"])
+def test_labelled_records_in_words(labelled, rows):
+    data = labelled(ROWS, TokenizerSettings("kmer", k=3), rows=rows, length=12)
+    words = data.tokenizer
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        batch = next(iter(loader))
+        flat = batch.tokens.flatten()
+        found = {
+            int(n): flat[a : b + 1].tolist() for n, a, b in zip(batch.records, batch.starts, batch.ends, strict=True)
+        }
+        assert found == {number: words.encode(text) for number, text in enumerate(ROWS)}
+    assert any(note.startswith("train: 1 letters are not A, C, G, T or U, in 1 records") and
+               "'N' at base 3 of rows.csv:5" in note for note in data._notes())  # fmt: skip
+
+
+def test_labelled_records_that_are_turned(labelled):
+    pairs = KmerTokenizer(3).complement.tolist()
+    labelled(ROWS[:3], TokenizerSettings("kmer", k=3)).check_strands(pairs)
+    labelled(ROWS, TokenizerSettings("kmer", k=3, overlap=True)).check_strands(pairs)
+    with pytest.raises(ConfigError, match=r"rows.csv:5: 7 bases are no whole number of words of 3 bases"):
+        labelled(ROWS, TokenizerSettings("kmer", k=3)).check_strands(pairs)
+    with pytest.raises(ConfigError, match="complement"):
+        labelled(ROWS, TokenizerSettings("kmer", k=3, overlap=True)).check_strands([0, 1, 2, 3, 7, 6, 5, 4])
+
+
+def test_words_longer_than_a_record_are_refused(labelled):
+    with pytest.raises(
+        DataError, match=r"rows.csv:2: a sequence of 6 bases, and 2 more are shorter than one word"
+    ):
+        _ = labelled(ROWS, TokenizerSettings("kmer", k=8)).parts
+
+
+def test_parts_of_records_keep_the_frame(labelled):
+    genes = ["ATG" + "GCT" * 40 + "TAA", "ATG" + "GCC" * 30 + "TGA"]
+    data = labelled(genes, TokenizerSettings("codon"), long="crop", length=30)
+    for batch, _ in zip(data.train_dataloader(), range(10), strict=False):
+        assert set(data.tokenizer.translate(batch.tokens.flatten().numpy())) <= set("MA*")
+    with pytest.raises(ConfigError, match=r"data.length=31 is no whole number of codons.*data.length=30"):
+        _ = labelled(genes, TokenizerSettings("codon"), long="crop", length=31).parts

@@ -170,9 +170,12 @@ GENBANK_HEAD += "ACCESSION   x\nVERSION     x.1\nFEATURES             Location/Q
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", r"genome\.fa: the file is empty; expected a FASTA or GenBank file, plain, gzip or bgzip"),
+        ("", r"genome\.fa: the file is empty; expected a FASTA, FASTQ, GenBank or EMBL file, plain, gzip or bgzip"),
         ("\n\n\n", r"genome\.fa: found only blank lines; expected FASTA"),
-        (b">x\nAC\x00\x01GT\n", r"genome\.fa: found a binary file \(byte 0x00\); expected a FASTA or GenBank"),
+        (
+            b">x\nAC\x00\x01GT\n",
+            r"genome\.fa: found a binary file \(byte 0x00\); expected a FASTA, FASTQ, GenBank or EMBL",
+        ),
         (gzip.compress(b"\x01\x02\x03\x00" * 9, mtime=0), r"genome\.fa: found a binary file \(byte 0x01\)"),
         (b"BZh91AY", r"genome\.fa: found bzip2-compressed file; expected .* plain, gzip or bgzip"),
         (gzip.compress(b"BAM\x01xxxx", mtime=0), r"genome\.fa: found a BAM alignment file"),
@@ -187,7 +190,7 @@ GENBANK_HEAD += "ACCESSION   x\nVERSION     x.1\nFEATURES             Location/Q
         (PROTEIN, r"genome\.fa:2: record 'p1' is protein: residues E, F, L, P, Q are not nucleotides; expected DNA"),
         (">a\nAC\nGT\n>b\nAC\n>a\nGG\n", r"genome\.fa:6: two records are called 'a' \(the other at line 1\)"),
         ("ACGT\nACGT\n", r"genome\.fa:1: no header: found 'ACGT' first; expected FASTA"),
-        ("\n\n@read1\nACGT\n+\nIIII\n", r"genome\.fa:3: no header: found '@read1' first \(this looks like FASTQ"),
+        ("\n\n@read1\nACGT\n+\nIIII\nACGT\n", r"genome\.fa:\d: malformed or truncated FASTQ"),
         (">a\nACGT\nAC-GT\n", r"genome\.fa:3: illegal character '-' at column 3 of record 'a';.*remove the gaps"),
         (">a\nACGT\n\nAC7T\n>b\nA\n", r"genome\.fa:4: illegal character '7' at column 3 of record 'a'"),
         (">a\nACGT>b\nACGT\n", r"genome\.fa:2: illegal character '>' at column 5 of record 'a'"),

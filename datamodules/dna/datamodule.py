@@ -34,7 +34,7 @@ class GenomeData(SequenceData):
     ``use_distributed_sampler: false``. Which windows make up batch number n depends on nothing but the settings here.
 
     Args:
-        path: sequence file or files: FASTA or GenBank, plain, gzip or bgzip. ``ecoli`` is the embedded E. coli K-12.
+        path: sequence file or files: FASTA, FASTQ, GenBank or EMBL, plain, gzip or bgzip. ``ecoli`` is the embedded E. coli K-12.
         length: positions in a row, without ``stages``.
         batch_size: rows in a batch over all ranks, without ``stages``.
         stages: a length warm-up: a list of {length, batch_size, steps}, steps being optimizer steps; the last lasts on.

@@ -106,9 +106,8 @@ def _headless(path: Path, line: int, text: bytes) -> DataError:
     start = len(text) - len(text.lstrip(_BLANK))
     line += text[:start].count(b"\n")
     shown = text[start : start + 20].split(b"\n")[0].decode("utf-8", errors="replace").strip()
-    hint = " (this looks like FASTQ, which is not read)" if shown.startswith("@") else ""
     return DataError(
-        located(path, line, f"no header: found '{shown}' first{hint}; expected FASTA, whose records begin with '>name'")
+        located(path, line, f"no header: found '{shown}' first; expected FASTA, whose records begin with '>name'")
     )
 
 

@@ -12,8 +12,10 @@ from torch.utils.data import Dataset
 from seqlong.batch import SequenceBatch
 from seqlong.datamodules.dna.alphabet import PAD, encode
 from seqlong.datamodules.dna.records import Records
+from seqlong.datamodules.dna.tokens import DnaTokenizer
 from seqlong.datamodules.packing import pack
 from seqlong.datamodules.sampler import BatchRequest, below, permute
+from seqlong.errors import ConfigError
 from seqlong.labels import LabelledBatch
 
 Long = Literal["error", "crop"]
@@ -36,24 +38,43 @@ def check_lengths(records: Records, length: int, long: Long) -> None:
         )
 
 
+def check_tokens(records: Records, length: int, long: Long, tokenizer: DnaTokenizer) -> None:
+    """Raise DataError, naming the first, where a record holds no token; ConfigError where parts break the frame."""
+    short = np.flatnonzero(records.lengths < (tokenizer.span or 1))
+    if short.size:
+        first = int(short[0])
+        raise records.located(
+            first,
+            f"a sequence of {int(records.lengths[first])} bases, and {short.size - 1:,} more are shorter than one word "
+            f"of data.tokenizer ({tokenizer.name}); lower k, or leave them out",
+        )
+    if long == "crop" and length % tokenizer.frame:
+        raise ConfigError(
+            f"data.length={length} is no whole number of codons, so parts would lose the frame; try "
+            f"data.length={length // tokenizer.frame * tokenizer.frame}"
+        )
+
+
 def collate(
     records: Records,
     labels: Labels,
     rows: list[list[tuple[int, int, int]]],
     numbers: NDArray[np.int64],
     seen: NDArray[np.bool_] | None = None,
+    tokenizer: DnaTokenizer | None = None,
 ) -> LabelledBatch:
-    """Rows of ``(record, start, end)`` pieces to a batch; a row without pieces counts for nothing."""
-    filled = [sum(end - start for _, start, end in row) for row in rows]
-    width = max(1, *filled)
-    tokens = np.full((len(rows), width), PAD, dtype=np.int64)
+    """Rows of ``(record, start, end)`` pieces, in bases, to a batch; a row without pieces counts for nothing."""
+    code = encode if tokenizer is None else tokenizer.tokens
+    read = [[code(records.bases[start:end]) for _, start, end in row] for row in rows]
+    width = max(1, *(sum(ids.size for ids in row) for row in read))
+    tokens = np.full((len(rows), width), PAD if tokenizer is None else tokenizer.pad, dtype=np.int64)
     ids = np.zeros((len(rows), width), dtype=np.int32)
     places, which = [], []
     for row, pieces in enumerate(rows):
         at = 0
-        for number, (record, start, end) in enumerate(pieces, 1):
-            size = end - start
-            tokens[row, at : at + size] = encode(records.bases[start:end])
+        for number, ((record, _, _), found) in enumerate(zip(pieces, read[row], strict=True), 1):
+            size = found.size
+            tokens[row, at : at + size] = found
             ids[row, at : at + size] = number
             places.append((row * width + at, row * width + at + size - 1))
             which.append(record)
@@ -88,11 +109,21 @@ class TrainingRows(Dataset[SequenceBatch]):
         packed: several records to a row.
         seed: names the order.
         batch_size: rows in a batch over all ranks.
+        tokenizer: what reads the bases; None: a token a base.
     """
 
     def __init__(
-        self, records: Records, labels: Labels, length: int, long: Long, packed: bool, seed: int, batch_size: int
+        self,
+        records: Records,
+        labels: Labels,
+        length: int,
+        long: Long,
+        packed: bool,
+        seed: int,
+        batch_size: int,
+        tokenizer: DnaTokenizer | None = None,
     ) -> None:
+        self.tokenizer, self.frame = tokenizer, tokenizer.frame if tokenizer else 1
         self.records, self.labels, self.length, self.seed = records, labels, length, seed
         lengths = np.minimum(records.lengths, length)
         times = np.maximum(1, records.lengths // length) if long == "crop" else np.ones(len(records), dtype=np.int64)
@@ -132,14 +163,14 @@ class TrainingRows(Dataset[SequenceBatch]):
             row = int(self.order(epoch)[place])
             items = [row] if self.packing is None else self.packing.items(row).tolist()
             rows.append([self._piece(item, sample) for item in items])
-        return collate(self.records, self.labels, rows, request.samples)
+        return collate(self.records, self.labels, rows, request.samples, None, self.tokenizer)
 
     def _piece(self, item: int, sample: int) -> tuple[int, int, int]:
         record, size = int(self.items[item]), int(self.sizes[item])
         start, end = int(self.records.starts[record]), int(self.records.ends[record])
         room = end - start - size
         if room:
-            start += int(below(room + 1, self.seed, _CROP, sample, item)[0])
+            start += int(below(room // self.frame + 1, self.seed, _CROP, sample, item)[0]) * self.frame
         return record, start, start + size
 
 
@@ -157,8 +188,9 @@ class EvaluationRows(Dataset[SequenceBatch]):
         length: int,
         long: Long,
         packed: bool,
+        tokenizer: DnaTokenizer | None = None,
     ) -> None:
-        self.records, self.labels, self.seen = records, labels, seen
+        self.records, self.labels, self.seen, self.tokenizer = records, labels, seen, tokenizer
         pieces: list[tuple[int, int, int]] = []
         for record, (start, end) in enumerate(zip(records.starts.tolist(), records.ends.tolist(), strict=True)):
             if end - start <= length or long == "error":
@@ -182,4 +214,4 @@ class EvaluationRows(Dataset[SequenceBatch]):
                 rows.append([self.pieces[number]])
             else:
                 rows.append([self.pieces[item] for item in self.packing.items(number).tolist()])
-        return collate(self.records, self.labels, rows, numbers, self.seen)
+        return collate(self.records, self.labels, rows, numbers, self.seen, self.tokenizer)

@@ -20,10 +20,11 @@ from seqlong.datamodules.dna.alphabet import DnaVocabulary
 from seqlong.datamodules.dna.cache import atomic_write, default_cache_dir
 from seqlong.datamodules.dna.label_floors import Part, label_floors
 from seqlong.datamodules.dna.label_kinds import Kind, Labels, counts, learn_labels
-from seqlong.datamodules.dna.label_rows import EvaluationRows, Long, TrainingRows, check_lengths
+from seqlong.datamodules.dna.label_rows import EvaluationRows, Long, TrainingRows, check_lengths, check_tokens
 from seqlong.datamodules.dna.label_split import ends_held_out, folds_of, hold_out
 from seqlong.datamodules.dna.leakage import Leakage, find_leakage
-from seqlong.datamodules.dna.records import Bad, Records, read_records
+from seqlong.datamodules.dna.records import Bad, Records, read_records, unknown_letters
+from seqlong.datamodules.dna.tokens import DnaTokenizer, TokenizerSettings, build_tokenizer
 from seqlong.errors import ConfigError, DataError
 
 Files = str | list[str] | None
@@ -63,12 +64,14 @@ class LabelledData(SequenceData):
         workers: loader processes of each rank.
         floors: whether to fit the linear models that scores are held against.
         cache_dir: folder where floors are kept; null is $SEQLONG_CACHE or ~/.cache/seqlong.
+        tokenizer: what a position is: a base, a word of k bases, a codon, or a learnt piece (BPE); null is a base.
+            Lengths stay in bases.
 
     Raises:
         ConfigError: a setting is out of its range, or contradicts another.
     """
 
-    vocabulary = DnaVocabulary()
+    vocabulary: DnaVocabulary | DnaTokenizer = DnaVocabulary()
     targets = "label"
 
     def __init__(
@@ -95,6 +98,7 @@ class LabelledData(SequenceData):
         workers: int = 0,
         floors: bool = True,
         cache_dir: str | None = None,
+        tokenizer: TokenizerSettings | None = None,
     ) -> None:
         super().__init__(length or 1, batch_size, None, None, eval_batch_size, seed, workers)
         given = [name for name, value in (("test", test), ("folds", folds), ("tail", tail)) if value is not None]
@@ -123,6 +127,9 @@ class LabelledData(SequenceData):
         self._leaks: dict[str, Leakage] = {}
         self._floors: list[dict[str, object]] | None = None
         self._printed = False
+        self.tokenizer = None if tokenizer is None else build_tokenizer(tokenizer)
+        if self.tokenizer is not None:
+            self.vocabulary = self.tokenizer
 
     # --- what it holds -------------------------------------------------------------------------------------------
 
@@ -135,6 +142,8 @@ class LabelledData(SequenceData):
             self.length = self.eval_length = self.wanted_length or longest
             for part in self._parts.values():
                 check_lengths(part, self.length, self.long)
+                if self.tokenizer is not None:
+                    check_tokens(part, self.length, self.long, self.tokenizer)
         return self._parts
 
     def _read(self) -> dict[str, Records]:
@@ -219,6 +228,20 @@ class LabelledData(SequenceData):
                 made.update(part.sequence(number).tobytes())
         return made.hexdigest()[:24]
 
+    def check_strands(self, pairs: Sequence[int]) -> None:
+        """Raise ConfigError unless ``pairs`` are the complements of these tokens, and words fill every record."""
+        if self.tokenizer is None:
+            return
+        self.tokenizer.check_strands(pairs)
+        for part in self.parts.values():
+            odd = np.flatnonzero(np.minimum(part.lengths, self.length) % self.tokenizer.stride)
+            if odd.size:
+                raise ConfigError(
+                    f"{part.where(int(odd[0]))}: {int(part.lengths[odd[0]])} bases are no whole number of "
+                    f"{self.tokenizer.name}, so that the other strand has other words ({odd.size:,} such records); set "
+                    "task.rc=none, or data.tokenizer.overlap=true"
+                )
+
     # --- what it says --------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, object]:
@@ -269,6 +292,13 @@ class LabelledData(SequenceData):
                 )
             else:
                 notes.append(f"No {name} record is in training, on either strand or nearly.")
+        if self.tokenizer is not None:
+            notes.append(
+                f"Tokens are {self.tokenizer.name}: {self.tokenizer.size:,} ids. Bases after the last whole word of a "
+                "record are left out."
+            )
+        for name, part in self.parts.items():
+            notes += unknown_letters(name, part)
         if self.long == "crop":
             notes.append(
                 f"Records are cut into parts of {self.length:,} bases: at random in training, side by side to evaluate."
@@ -310,8 +340,9 @@ class LabelledData(SequenceData):
     def training_batches(self) -> Dataset[SequenceBatch]:
         part = self.parts["train"]
         return TrainingRows(
-            part, self.encoded("train"), self.length, self.long, self.rows == "pack", self.seed, self.batch_size
-        )
+            part, self.encoded("train"), self.length, self.long, self.rows == "pack", self.seed, self.batch_size,
+            self.tokenizer,
+        )  # fmt: skip
 
     def train_dataloader(self) -> DataLoader[SequenceBatch]:
         _ = self.parts  # which tells the length of rows
@@ -340,8 +371,9 @@ class LabelledData(SequenceData):
 
     def _evaluation(self, part: str) -> DataLoader[SequenceBatch]:
         rows = EvaluationRows(
-            self.parts[part], self.encoded(part), self.seen(part), self.length, self.long, self.rows == "pack"
-        )
+            self.parts[part], self.encoded(part), self.seen(part), self.length, self.long, self.rows == "pack",
+            self.tokenizer,
+        )  # fmt: skip
         return self.evaluation_loader(rows, rows.size)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from seqlong.datamodules.dna.alphabet import LEGAL, LETTERS
+from seqlong.datamodules.dna.alphabet import LEGAL, LETTERS, is_unknown
 from seqlong.datamodules.dna.fasta import Header
 from seqlong.datamodules.dna.sequences import read_sequences
 from seqlong.datamodules.dna.source import check_file
@@ -99,7 +99,7 @@ def read_records(
     """Read labelled sequences.
 
     Args:
-        paths: file or files: CSV, TSV, Parquet, JSON lines, FASTA or GenBank; all but Parquet may be gzipped.
+        paths: file or files: CSV, TSV, Parquet, JSON lines, FASTA, FASTQ, GenBank or EMBL; all but Parquet may be gzipped.
         sequence: name or number (from 0) of the column with the sequence; null finds it by its name or its letters.
         label: name or number of the column or columns with the label; null finds it. For FASTA: null is the last word
             of the header (or what follows its last ``|``), a number is that word of it, ``file`` is the file's name
@@ -156,6 +156,22 @@ def _problem(letters: bytes, cells: tuple[str, ...], unlabelled: bool) -> str:
     if not unlabelled and any(cell == "" or cell.lower() in ("nan", "na", "none", "null") for cell in cells):
         return "the label is missing"
     return ""
+
+
+def unknown_letters(name: str, records: Records) -> list[str]:
+    """What letters other than A, C, G, T and U there are, in a sentence; nothing where there are none."""
+    whole = np.flatnonzero(is_unknown(records.bases))
+    first, last = np.searchsorted(whole, records.starts), np.searchsorted(whole, records.ends)
+    holed = np.flatnonzero(last > first)
+    if not holed.size:
+        return []
+    number = int(holed[0])
+    letter = chr(records.bases[whole[first[number]]])
+    return [
+        f"{name}: {int((last - first).sum()):,} letters are not A, C, G, T or U, in {holed.size:,} records; read as "
+        f"unknown. The first: '{letter}' at base {int(whole[first[number]] - records.starts[number]) + 1} of "
+        f"{records.where(number)}."
+    ]
 
 
 _Row = tuple[int, bytes, tuple[str, ...]]

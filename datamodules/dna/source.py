@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from io import BufferedIOBase
 from pathlib import Path
 
 from seqlong.datamodules.dna.alphabet import LETTERS, PROTEIN_LETTERS
@@ -24,7 +25,7 @@ _FOREIGN = {
     b"BAM\x01": "a BAM alignment",
     b"CRAM": "a CRAM alignment",
 }
-_EXPECTED = "expected a FASTA or GenBank file, plain, gzip or bgzip"
+_EXPECTED = "expected a FASTA, FASTQ, GenBank or EMBL file, plain, gzip or bgzip"
 
 
 class SourceFile(io.RawIOBase):
@@ -119,6 +120,30 @@ class SourceFile(io.RawIOBase):
         controls = data[:65536].translate(None, delete=bytes({*range(256)} - {*range(9), *range(14, 32)}))
         if controls:
             raise DataError(f"{self.path}: found a binary file (byte 0x{controls[0]:02x}); {_EXPECTED}")
+
+
+class Lines:
+    """A text handle, for Biopython, that knows which line it has reached. Blank lines at the beginning are left out."""
+
+    def __init__(self, file: BufferedIOBase) -> None:
+        self._file = file
+        self.number = self.first = 0
+
+    def readline(self) -> str:
+        """The next line, with LF at its end; an empty string after the last."""
+        while True:
+            self.number += 1
+            line = self._file.readline().decode("latin-1").replace("\r\n", "\n")
+            if self.first or line.strip() or not line:
+                self.first = self.first or self.number
+                return line
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readline, "")
+
+    def read(self, size: int) -> str:
+        """Nothing: Biopython asks for no characters to see that this is text."""
+        return ""
 
 
 def check_file(path: Path) -> None:

@@ -90,7 +90,7 @@ class GenomeStore:
         Safe for several processes at once; a build that was killed leaves nothing that a later one would believe.
 
         Args:
-            path: FASTA or GenBank, plain, gzip or bgzip; ``ecoli`` is the embedded genome.
+            path: FASTA, FASTQ, GenBank or EMBL, plain, gzip or bgzip; ``ecoli`` is the embedded genome.
             cache_dir: folder of stores; None is ``$SEQLONG_CACHE`` or ``~/.cache/seqlong``.
             circular: names of circular contigs, or "all", beside those that GenBank says are.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from seqlong.datamodules.dna.labelled import LabelledData
+from seqlong.datamodules.dna.tokens import TokenizerSettings
 from seqlong.errors import DataError, nearest
 
 _ENDINGS = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet", ".jsonl")
@@ -29,6 +30,7 @@ class TaskFolder(LabelledData):
         workers: loader processes of each rank.
         floors: whether to fit the linear models that scores are held against.
         cache_dir: folder where floors are kept; null is $SEQLONG_CACHE or ~/.cache/seqlong.
+        tokenizer: what a position is: a base, a word, a codon, or a learnt piece; null is a base.
 
     Raises:
         DataError: there is no such task; it names those that there are.
@@ -49,6 +51,7 @@ class TaskFolder(LabelledData):
         workers: int = 0,
         floors: bool = True,
         cache_dir: str | None = None,
+        tokenizer: TokenizerSettings | None = None,
     ) -> None:
         place = Path(folder).expanduser() / task
         train, test = _file(place, "train"), _file(place, "test")
@@ -58,7 +61,7 @@ class TaskFolder(LabelledData):
         super().__init__(
             train, validation, test, labels=labels, validation_share=validation_share, length=length, rows=rows,
             batch_size=batch_size, unseen=unseen, eval_batch_size=eval_batch_size, seed=seed, workers=workers,
-            floors=floors, cache_dir=cache_dir,
+            floors=floors, cache_dir=cache_dir, tokenizer=tokenizer,
         )  # fmt: skip
         self.task = task
 
