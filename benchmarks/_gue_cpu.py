@@ -95,8 +95,9 @@ def words(task: str, data: Path, number: int) -> tuple[list[str], LabelledData]:
 
 
 def place_of(folder: Path, task: str, number: int, settings: list[str]) -> Path:
-    """The run's folder: another one for other settings."""
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    """The run's folder: another one for other settings, wherever the data lie."""
+    told = [word for word in settings if not word.startswith(("data.train=", "data.test=", "data.folder="))]
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]
     return folder / f"{task.replace('/', '-')}-{number}-{digest}"
 
 
@@ -132,8 +133,8 @@ def measured(place: Path, settings: list[str]) -> tuple[Tensor, Tensor]:
     return found["answers"], found["labels"]
 
 
-def outcome(task: str, data: Path, seeds: int, folder: Path) -> Outcome:
-    """All seeds (or folds) of a task, one after the other."""
+def outcome(task: str, data: Path, seeds: int, folder: Path, kept: bool = False) -> Outcome:
+    """All seeds (or folds) of a task, one after the other; with ``kept`` those that have been run, and no other."""
     found = Outcome(task, "accuracy" if task in ("uci_splice", "nRC") else "mcc")
     floors: dict[str, list[float]] = {}
     unseen_floors: dict[str, list[float]] = {}
@@ -145,6 +146,8 @@ def outcome(task: str, data: Path, seeds: int, folder: Path) -> Outcome:
     for number in range(FOLDS if task == "uci_splice" else seeds):
         settings, source = words(task, data, number)
         place = place_of(folder, task, number, settings)
+        if kept and not Path(f"{place}.pt").is_file():
+            continue
         answers, labels = measured(place, settings)
         known = torch.from_numpy(~source.seen("test"))
         found.each.append(score(answers, labels))
@@ -152,7 +155,7 @@ def outcome(task: str, data: Path, seeds: int, folder: Path) -> Outcome:
         said = f"{found.each[-1]:.4f}, not in training {found.unseen[-1]:.4f}"
         print(f"{task} {number}: {found.measure} {said}", flush=True)
         for floor in json.loads((place / "floors.json").read_text()):
-            if "test" in floor:
+            if "test" in floor and floor["name"] != "commonest label":
                 floors.setdefault(floor["name"], []).append(floor["test"][found.measure])
                 unseen_floors.setdefault(floor["name"], []).append(
                     floor.get("test_unseen", floor["test"])[found.measure]
@@ -166,11 +169,19 @@ def outcome(task: str, data: Path, seeds: int, folder: Path) -> Outcome:
     return found
 
 
+def _runs(found: Outcome) -> str:
+    """What the mean is over."""
+    many = len(found.each)
+    if found.name == "uci_splice":
+        return f"mean of {many} of {FOLDS} folds"
+    return "1 seed" if many == 1 else f"mean of {many} seeds"
+
+
 def rows_of(found: Outcome, beside: str) -> Iterator[Row]:
     """A row against each linear model, one of the mean of all answers, one of records that are not in training."""
     many, unit = len(found.each), found.measure
     spread = f", sd {stdev(found.each):.3f}" if many > 1 else ""
-    what = f"{found.name}, mean of {many} {'folds' if found.together is None and many > 1 else 'seeds'}{spread}"
+    what = f"{found.name}, {_runs(found)}{spread}"
     metric = f"test {unit}{f' (published: {beside})' if beside else ''}"
     for name, value in found.floors.items():
         yield Row(what, metric, mean(found.each), unit, f"linear: {name}", value)
@@ -179,7 +190,7 @@ def rows_of(found: Outcome, beside: str) -> Iterator[Row]:
         said = f"{found.name}, answers of {many} seeds averaged"
         yield Row(said, metric, found.together, unit, f"linear: {best}", found.floors[best])
     best = max(found.unseen_floors, key=found.unseen_floors.__getitem__)
-    yield Row(f"{found.name}, mean of {many}", f"{metric}, records not in training", mean(found.unseen), unit,
+    yield Row(f"{found.name}, {_runs(found)}", f"{metric}, records not in training", mean(found.unseen), unit,
               f"linear: {best}", found.unseen_floors[best])  # fmt: skip
     if found.unseen_together is not None:
         yield Row(f"{found.name}, answers of {many} seeds averaged", f"{metric}, records not in training",
@@ -187,12 +198,16 @@ def rows_of(found: Outcome, beside: str) -> Iterator[Row]:
 
 
 def rows(
-    data: Path, tasks: list[str], seeds: int, folder: Path, published: dict[str, dict[str, float]], seen: list[Outcome]
-) -> Iterator[Row]:
+    data: Path, tasks: list[str], seeds: int, folder: Path, kept: bool, published: dict[str, dict[str, float]],
+    seen: list[Outcome],
+) -> Iterator[Row]:  # fmt: skip
     """Task after task; ``seen`` keeps what ``draw`` shows."""
     torch.set_num_threads(1)
     for task in tasks:
-        found = outcome(task, data, seeds, folder)
+        found = outcome(task, data, seeds, folder, kept)
+        if not found.each:
+            print(f"{task}: nothing has been run", flush=True)
+            continue
         seen.append(found)
         beside = ", ".join(f"{name} {value / 100:.3f}" for name, value in published.get(task, {}).items())
         yield from rows_of(found, beside)
@@ -202,7 +217,7 @@ def draw(found: list[Outcome], published: dict[str, dict[str, float]], figure: F
     """A panel a task: every seed, their mean, the averaged answers; linear models and published figures beside."""
     figure.set_size_inches(9, 0.9 + 1.75 * len(found))
     for axis, task in zip(figure.subplots(len(found), 1, squeeze=False)[:, 0], found, strict=True):
-        lines: list[tuple[str, float, str]] = [(f"ours, mean of {len(task.each)}", mean(task.each), "#1767b3")]
+        lines: list[tuple[str, float, str]] = [(f"ours, {_runs(task)}", mean(task.each), "#1767b3")]
         if task.together is not None:
             lines.append((f"ours, answers of {len(task.each)} averaged", task.together, "#1767b3"))
         lines += [(f"linear: {name}", value, "#5d6772") for name, value in task.floors.items() if value > 0.2]

@@ -118,13 +118,14 @@ if __name__ == "__main__":
     parser.add_argument("--parallel", type=int, default=4, help="fine-tunings at a time")
     parser.add_argument("--cpu", action="store_true", help="small models from nothing, on one core; no pretraining")
     parser.add_argument("--folder", type=Path, help="with --cpu: where runs are kept, to go on with")
+    parser.add_argument("--kept", action="store_true", help="with --cpu: only what has been run already")
     given = parser.parse_args()
     if given.cpu:
         tasks = [task for task in given.tasks if task in _gue_cpu.SETTINGS]
         tasks.sort(key=list(_gue_cpu.SETTINGS).index)
         outcomes: list[_gue_cpu.Outcome] = []
         place = given.folder or _gue_cpu.default_folder()
-        made = _gue_cpu.rows(given.data, tasks, given.seeds, place, PUBLISHED, outcomes)
+        made = _gue_cpu.rows(given.data, tasks, given.seeds, place, given.kept, PUBLISHED, outcomes)
         main("gue", made, lambda _, figure: _gue_cpu.draw(outcomes, PUBLISHED, figure), on="cpu")
         sys.exit(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -68,6 +68,7 @@ def test_answers_of_seeds_are_averaged_and_known_records_left_out(
 
 def test_other_settings_are_another_run(bench: ModuleType, tmp_path: Path) -> None:
     folders = {bench.place_of(tmp_path, "tf/0", 1, [word]) for word in ("a=1", "a=2")}
+    folders |= {bench.place_of(tmp_path, "tf/0", 1, ["a=1", f"data.folder={place}"]) for place in ("here", "there")}
     assert len(folders) == 2 and all(folder.parent == tmp_path for folder in folders)
 
 
