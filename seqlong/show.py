@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -183,7 +183,7 @@ def build(values: dict[str, Any], composed: Composed) -> Any:
         key = ".".join(str(part) for part in house_path(problem.path, composed.lightning))
         message = f"{key}{'' if problem.message.startswith('is ') else ':'} {problem.message}"
         place = composed.where(problem.path)
-        if place is None or any(word.lstrip("+~").startswith(key) for word in composed.overrides):
+        if place is None or _on_command_line(key, composed.overrides):
             raise ConfigError(message)
         raise ConfigError(located(*place, message))
     parser = ArgumentParser(exit_on_error=False)
@@ -278,6 +278,12 @@ def _composed(words: Sequence[str]) -> Composed:
         return compose([*words, *rest, "data.path=FILE"])  # which is not read
 
 
+def _on_command_line(key: str, overrides: Iterable[str]) -> bool:
+    """Whether ``key`` was given itself, or within a setting that was given whole, such as a mixer."""
+    words = [word.lstrip("+~") for word in overrides]
+    return any(word.startswith(key) or ("." in word and key.startswith(f"{word}.")) for word in words)
+
+
 def _name(composed: Composed, words: Sequence[str]) -> str:
     given = {o.key_or_group: str(o.value()) for o in parse_overrides(words)}
     return given.get("model") or str(composed.house["run"]["name"])
@@ -293,7 +299,7 @@ def _named(node: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(node, Mapping):
         return str(node).rpartition(".")[2], {}
     name, settings = str(node["class_path"]).rpartition(".")[2], dict(node.get("init_args") or {})
-    if isinstance(inner := settings.get("mixer"), Mapping):
+    if isinstance(inner := settings.get("mixer"), Mapping | str):
         label, own = _named(inner)
         del settings["mixer"]
         return f"{name}({label})", {**own, **settings}

@@ -326,6 +326,12 @@ def test_show_prints_a_line_and_a_table(capsys: pytest.CaptureFixture[str]) -> N
     assert "512 B a token, to 511" in text and "0 % of the FLOPs at 8,192 tokens grow with the length" in text
 
 
+def test_a_mixer_within_another_may_be_given_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    wrapped = "{class_path: seqlong.mixers.Bidirectional, init_args: {mixer: GLA}}"
+    assert main(["show", "model=hybrid_small", f"model.backbone.mixers.a={wrapped}"]) == 0
+    assert "a: Bidirectional(GLA)" in capsys.readouterr().out
+
+
 def test_without_a_model_the_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show"]) == 0
     text = capsys.readouterr().out
@@ -361,6 +367,14 @@ def test_show_of_an_experiment_and_of_a_saved_configuration(
         (["model=hybrid_small", "model.backbone.d_model=100"], "head_dim"),
         (["model=hybrid_small", "model.backbone.pattern=mx"], "backbone.pattern 'mx' has 'x' at block 2"),
         (["model=hybrid_small", "model.backbone.mixers.m.class_path=seqlong.mixers.Mambo2"], "Mambo2"),
+        (
+            ["model=hybrid_small", "model.backbone.mixers.a={class_path: seqlong.mixers.MoBA, init_args: {window: 3}}"],
+            "\nmodel.backbone.mixers.a.init_args.window is not a setting of MoBA; there are: block,",
+        ),
+        (
+            ["model=hybrid_small", "model.backbone.mixers.a.init_args.heads=0"],
+            "Attention needs heads above 0, found heads=0",
+        ),
         (["model=hybrid_small", "--length", "0"], "expected tokens, a whole number above 0, found '0'"),
         (["model=hybrid_small", "--lenght", "9"], "`seqlong show --help` lists what it takes"),
         (["model=hybrid_small", "--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -369,7 +383,7 @@ def test_show_of_an_experiment_and_of_a_saved_configuration(
 def test_mistakes_are_told_in_a_sentence(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", *words]) == 2
     told = capsys.readouterr().err
-    assert complaint in told and len(told.splitlines()) <= 2
+    assert complaint in f"\n{told}" and len(told.splitlines()) <= 2
 
 
 def test_patterns_are_written_as_what_repeats() -> None:

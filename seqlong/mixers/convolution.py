@@ -60,12 +60,12 @@ class Convolution(Mixer):
         width, length = self.conv.kernel_size[0], hidden.shape[1]
         line = F.pad(hidden, (0, 0, width // 2, width // 2))
         names = F.pad(ids, (width // 2, width // 2))
-        found = self.conv.bias
+        assert self.conv.bias is not None
+        found: Tensor = self.conv.bias
         for tap in range(width):
             same = names[:, tap : tap + length] == ids
             near = torch.where(same[..., None], line[:, tap : tap + length], 0)
             found = found + F.linear(near, self.conv.weight[:, :, tap])
-        assert found is not None
         return found
 
     def initial_state(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> None:
