@@ -189,6 +189,19 @@ def test_identifiers_phone_books_and_passkeys() -> None:
     assert re.search(r"The secret of \w{6} is \d{5}\. ", text(rows(Needle("repeat", digits=5), 200).tokens[0]))
 
 
+def test_short_numbers_are_for_training_only() -> None:
+    task = Needle("repeat", digits=4, fewest=2)
+    sizes = Counter()
+    for part in range(3):
+        made = task.rows(Draw(np.arange(60), 5, part=part), 100)
+        for row in range(60):
+            (said,) = re.findall(r"is (\d+)\. ", text(made.tokens[row]))
+            assert [text(np.array(one)) for one in answers(made, row)] == [said] and said[0] != "0"
+            sizes[part, len(said)] += 1
+    assert min(sizes[0, size] for size in (2, 3, 4)) > 8 and sizes[1, 4] == sizes[2, 4] == 60
+    assert task.chance() == 1 / 9000
+
+
 @pytest.mark.parametrize(("chains", "hops"), [(1, 4), (3, 2), (2, 0)])
 def test_variables_hold_the_number_by_way_of_others(chains: int, hops: int) -> None:
     made = rows(VariableTracking(chains, hops, "book"), 700)
@@ -381,6 +394,8 @@ def test_a_text_of_the_user_is_the_haystack_or_an_error(tmp_path: Path) -> None:
     [
         (lambda: Needle(keys=1, queries=2), "asks for 2 keys, but there are 1"),
         (lambda: Needle(digits=19), "digits of at most 18, found 19"),
+        (lambda: Needle(digits=3, fewest=4), "needs fewest of 1 to digits, 3, and value: number; found fewest 4"),
+        (lambda: Needle(value="word", fewest=1), "found fewest 1, value word"),
         (lambda: GapMQAR(shortest=9, longest=5), "longest 5 to be at least shortest 9"),
         (lambda: RewriteMQAR(tells=0), "needs tells of 1 or more, found 0"),
         (lambda: SelectiveCopy(4, 8, 6), "vocab_size of 9 or more, found 8"),

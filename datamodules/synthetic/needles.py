@@ -32,6 +32,8 @@ class Needle(RecallTask):
         value: what a secret is.
         digits: of a number.
         tokenizer: ``bytes`` (a vocabulary of 260), or the path of a tokenizer.json.
+        fewest: digits that a secret has at least in training, where each has a random number of them; evaluation always
+            asks for all ``digits``. Short ones are learnt first, and lead to long ones. All ``digits`` if not given.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -54,6 +56,7 @@ class Needle(RecallTask):
         value: Kind = "number",
         digits: int = 7,
         tokenizer: str = "bytes",
+        fewest: int | None = None,
     ) -> None:
         self.keys, self.values, self.queries = keys, values, queries
         self.key, self.value, self.digits = key, value, digits
@@ -61,6 +64,12 @@ class Needle(RecallTask):
             at_least(name, given, least, type(self).__name__)
         if digits > 18:
             raise ConfigError(f"{type(self).__name__} needs digits of at most 18, found {digits}")
+        if fewest is not None and not (1 <= fewest <= digits and value == "number"):
+            raise ConfigError(
+                f"{type(self).__name__} needs fewest of 1 to digits, {digits}, and value: number; "
+                f"found fewest {fewest}, value {value}"
+            )
+        self.fewest = fewest
         self._encoding = Encoding(tokenizer)
         self.vocab_size = self._encoding.vocab_size
         self.haystack = haystack
@@ -153,7 +162,14 @@ class Needle(RecallTask):
         if distinct and count > bound:
             raise ConfigError(f"{type(self).__name__} has {bound:,} different {kind}s, too few for {count:,} keys")
         chosen = draw.distinct(bound, count) if distinct else draw.below(bound, count)
-        return words(chosen) if kind == "word" else (low + chosen).astype(np.str_)
+        if kind == "word":
+            return words(chosen)
+        said = (low + chosen).astype(np.str_)
+        if distinct or self.fewest is None or draw.part != 0:
+            return said
+        sizes = self.fewest + draw.below(self.digits - self.fewest + 1, count)
+        cut = [text[:size] for text, size in zip(said.ravel().tolist(), sizes.ravel().tolist(), strict=True)]
+        return np.array(cut).reshape(said.shape)
 
     def chance(self) -> float:
         return {"word": 1 / WORDS, "number": 1 / (9 * 10 ** (self.digits - 1)), "uuid": 2.0**-128}[self.value]
@@ -161,7 +177,8 @@ class Needle(RecallTask):
     def settings(self) -> dict[str, object]:
         return {"haystack": self.haystack, **({} if self._lines else {"keys": self.keys}), "values": self.values,
                 "queries": self.queries, "key": self.key, "value": self.value,
-                **({"digits": self.digits} if self.value == "number" else {})}  # fmt: skip
+                **({"digits": self.digits} if self.value == "number" else {}),
+                **({"fewest": self.fewest} if self.fewest is not None else {})}  # fmt: skip
 
 
 class Phonebook(Needle):
