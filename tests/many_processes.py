@@ -169,7 +169,7 @@ def two(rank: int, folder: Path) -> None:
 
 def sleeps(rank: int, folder: Path) -> None:
     """The second process does not come to step 2."""
-    fit(folder, 4, "ddp", 2, None, (Watchdog(0.02), *((At(2, lambda: time.sleep(60)),) if rank else ())))
+    fit(folder, 4, "ddp", 2, None, (Watchdog(0.1), *((At(2, lambda: time.sleep(60)),) if rank else ())))
 
 
 class Bent(L.Callback):

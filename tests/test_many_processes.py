@@ -123,8 +123,10 @@ def test_parts_that_are_not_whole(found: Found) -> None:
     part.write_bytes(kept[:-1])
     assert "going on from step-00000003" in str(mend(last))
     assert read_checkpoint(last)["global_step"] == read_checkpoint(checkpoints / "step-00000003")["global_step"] == 3
+    (other := checkpoints / "step-00000009").mkdir()
+    (other / "notes.txt").touch()  # not ours
     sweep(checkpoints)
-    assert not part.exists() and (checkpoints / "step-00000003" / HEAD).is_file()
+    assert other.exists() and not part.exists() and (checkpoints / "step-00000003" / HEAD).is_file()
 
 
 def test_a_rank_that_does_not_come_is_named(found: Found) -> None:
@@ -132,7 +134,7 @@ def test_a_rank_that_does_not_come_is_named(found: Found) -> None:
     record = json.loads((folder / "sleeps" / "run.json").read_text())
     host = re.escape(socket.gethostname())
     wanted = (
-        rf"nothing has moved for 0\.02\d* minutes; rank 1 \({host}, process \d+\) did not come on from step 2, in the "
+        rf"nothing has moved for 0\.1\d* minutes; rank 1 \({host}, process \d+\) did not come on from step 2, in the "
         r"forward pass, to collective \d+; the others wait: 1 at step 2, in the forward pass. The run ends here"
     )
     assert re.match(wanted, record["error"]), record["error"]

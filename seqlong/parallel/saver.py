@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -195,7 +196,7 @@ def sweep(folder: Path, unfinished: bool = False) -> None:
         folder: of checkpoints.
         unfinished: only those that were not written to their end.
     """
-    found = [path for path in folder.glob("step-*") if path.is_dir()]
+    found = [path for path in folder.glob("step-*") if _ours(path)]
     if not found:
         return
     heads = [read_head(path) for path in folder.glob("*.ckpt")]
@@ -206,6 +207,14 @@ def sweep(folder: Path, unfinished: bool = False) -> None:
         if path.name not in named and not (unfinished and (path / DONE).exists()):
             (path / DONE).unlink(missing_ok=True)  # first: half of a folder must not look whole
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _ours(path: Path) -> bool:
+    """Whether this is a folder of parts, and nothing else is in it."""
+    if not re.fullmatch(r"step-\d{8}(-\d+)?", path.name) or not path.is_dir():
+        return False
+    known = {HEAD, INDEX, DONE, ".metadata", ".metadata.tmp"}
+    return all(inside.name in known or inside.suffix == ".distcp" for inside in path.iterdir())
 
 
 def _unused(folder: Path, step: int) -> str:

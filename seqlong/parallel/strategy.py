@@ -86,7 +86,8 @@ class SequenceParallel(DDPStrategy):
             )
         shape = (self.world_size // self.degree, self.degree)
         self._mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("data", "sequence"))
-        self.saver = Saver(dist.new_group(backend="gloo"), self.background)
+        # Writing may take long; a process that is gone is noticed without the timeout.
+        self.saver = Saver(dist.new_group(backend="gloo", timeout=timedelta(hours=4)), self.background)
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
