@@ -13,10 +13,12 @@ from Bio.Seq import Seq
 from Bio.SeqRecord import SeqRecord
 
 from seqlong.datamodules.dna.fasta import Header
+from seqlong.datamodules.dna.proteins import ProteinSettings, ReverseTranslation
 from seqlong.datamodules.dna.records import read_records
 from seqlong.datamodules.dna.sequences import read_sequences
 from seqlong.datamodules.dna.store import GenomeStore
-from seqlong.errors import DataError
+from seqlong.datamodules.dna.tokens import genetic_code
+from seqlong.errors import ConfigError, DataError
 
 
 def records(path) -> list[tuple[str, str, int, str]]:
@@ -108,3 +110,76 @@ def test_embl_that_is_refused(tmp_path):
     path.write_text(text[: text.index("acgt") + 30])
     with pytest.raises(DataError, match=r"cut.embl:\d+: malformed"):
         records(path)
+
+
+# Proteins
+
+
+def test_proteins_become_their_most_used_codons(tmp_path):
+    path = tmp_path / "p.fa"
+    path.write_text(">a\nMKl\nW*\n>b\nMR\n")
+    store = GenomeStore.build_or_open(path, tmp_path, protein=ReverseTranslation(ProteinSettings("e_coli_316407", 11)))
+    # By hand, from the table of E. coli: Lys AAA 0.76, Leu CTG 0.5, stop TAA, Arg CGC.
+    assert store.data.tobytes() == b"ATGAAACTGTGGTAA" + b"ATGCGC"
+    human = GenomeStore.build_or_open(path, tmp_path, protein=ReverseTranslation(ProteinSettings()))
+    assert human.data.tobytes() != store.data.tobytes()  # another table is another store
+    assert str(Seq(human.data.tobytes()[:15].decode()).translate()) == "MKLW*"
+
+
+@pytest.mark.parametrize("code", [1, 2, 6, 27])
+@pytest.mark.parametrize("draw", ["most", "sample"])
+def test_reverse_translation_translates_back(code, draw):
+    protein = "ACDEFGHIKLMNPQRSTVWYacdefghiklmnpqrstvwy" * 20
+    made = ReverseTranslation(ProteinSettings("s_cerevisiae_4932", code, draw, seed=3)).bases(protein.encode())
+    found = "".join(genetic_code(code)[made[at : at + 3].decode()] for at in range(0, len(made), 3))
+    assert found == protein.upper()
+
+
+def test_sampled_codons_follow_the_table_and_their_place():
+    write = ReverseTranslation(ProteinSettings("e_coli_316407", 11, "sample", seed=1))
+    made = write.bases(b"L" * 20000).decode()
+    codons = [made[at : at + 3] for at in range(0, len(made), 3)]
+    shares = {"CTA": 0.04, "CTC": 0.1, "CTG": 0.5, "CTT": 0.1, "TTA": 0.13, "TTG": 0.13}
+    assert {codon: codons.count(codon) / 20000 for codon in shares} == pytest.approx(shares, abs=0.015)
+    assert write.bases(b"L" * 500, 1000).decode() == made[3000:4500]  # whatever the pieces that a file is read in
+    other = ReverseTranslation(ProteinSettings("e_coli_316407", 11, "sample", seed=2))
+    assert other.bases(b"L" * 100) != made[:300].encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("MK\nX*", r"p.fa:3: protein 'b', residue 3: residue 'X' has no codon of its own; data.protein.unclear=n"),
+        ("MK*L", r"p.fa:3: protein 'b', residue 3: a stop inside of the protein"),
+        ("MK-L", r"p.fa:3: protein 'b', residue 3: illegal letter '-'; expected amino acids"),
+    ],
+    ids=["unclear", "stop", "gap"],
+)
+def test_proteins_that_are_refused(tmp_path, text, said):
+    path = tmp_path / "p.fa"
+    path.write_text(f">a\nMKV\n>b\n{text}\n")
+    with pytest.raises(DataError, match=said):
+        GenomeStore.build_or_open(path, tmp_path, protein=ReverseTranslation(ProteinSettings()))
+    loose = ReverseTranslation(ProteinSettings(unclear="n"))
+    if "X" in text:
+        assert GenomeStore.build_or_open(path, tmp_path, protein=loose).data.tobytes()[15:18] == b"NNN"
+
+
+def test_labelled_proteins(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("protein,label\nMK,0\nMXK,1\nMW*,1\n")
+    write = ReverseTranslation(ProteinSettings("e_coli_316407", 11))
+    with pytest.raises(DataError, match=r"p.csv:3: residue 2 of the protein: residue 'X' has no codon"):
+        read_records(path, protein=write)
+    found = read_records(path, protein=write, bad="drop")
+    assert found.bases.tobytes() == b"ATGAAA" + b"ATGTGGTAA" and len(found.dropped) == 1
+    fasta = tmp_path / "p.fa"
+    fasta.write_text(">a 1\nMK\n")
+    assert read_records(fasta, protein=write).bases.tobytes() == b"ATGAAA"
+
+
+def test_settings_of_proteins_that_are_refused():
+    with pytest.raises(ConfigError, match=r"there is no table 'h_sapiens'.*h_sapiens_9606"):
+        ReverseTranslation(ProteinSettings("h_sapiens"))
+    with pytest.raises(ConfigError, match="no genetic code 8"):
+        ReverseTranslation(ProteinSettings(code=8))

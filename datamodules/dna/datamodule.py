@@ -16,6 +16,7 @@ from seqlong.datamodules.dna.alphabet import DnaVocabulary
 from seqlong.datamodules.dna.assemble import Targets, assemble
 from seqlong.datamodules.dna.genome import Genome
 from seqlong.datamodules.dna.markov import markov_floor
+from seqlong.datamodules.dna.proteins import ProteinSettings, ReverseTranslation
 from seqlong.datamodules.dna.splits import BlockSplit, Region, Split, Splitter
 from seqlong.datamodules.dna.token_rows import assemble_tokens, in_frame, token_notes
 from seqlong.datamodules.dna.tokens import DnaTokenizer, TokenizerSettings, build_tokenizer
@@ -34,7 +35,8 @@ class GenomeData(SequenceData):
     ``use_distributed_sampler: false``. Which windows make up batch number n depends on nothing but the settings here.
 
     Args:
-        path: sequence file or files: FASTA, FASTQ, GenBank or EMBL, plain, gzip or bgzip. ``ecoli`` is the embedded E. coli K-12.
+        path: sequence file or files: FASTA, FASTQ, GenBank or EMBL, plain, gzip or bgzip. ``ecoli`` is the embedded
+            E. coli K-12.
         length: positions in a row, without ``stages``.
         batch_size: rows in a batch over all ranks, without ``stages``.
         stages: a length warm-up: a list of {length, batch_size, steps}, steps being optimizer steps; the last lasts on.
@@ -55,6 +57,7 @@ class GenomeData(SequenceData):
         workers: loader processes of each rank. 0 is right where making a batch is short beside a step, as it mostly is.
         cache_dir: folder of genome stores; null is $SEQLONG_CACHE or ~/.cache/seqlong.
         tokenizer: what a position is: a base, a word of k bases, a codon, or a learnt piece (BPE); null is a base.
+        protein: the files hold proteins (FASTA): how their residues become codons; null: they hold bases.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -81,6 +84,7 @@ class GenomeData(SequenceData):
         workers: int = 0,
         cache_dir: str | None = None,
         tokenizer: TokenizerSettings | None = None,
+        protein: ProteinSettings | None = None,
     ) -> None:
         super().__init__(length, batch_size, stages, eval_length, eval_batch_size, seed, workers)
         if not 0 <= reverse_complement <= 1:
@@ -99,6 +103,7 @@ class GenomeData(SequenceData):
         self._floors: list[dict[str, object]] | None = None
         self._ratio: float | None = None
         self._printed = False
+        self._protein = None if protein is None else ReverseTranslation(protein)
         self.tokenizer = None if tokenizer is None else build_tokenizer(tokenizer)
         if self.tokenizer is not None:
             self.vocabulary = self.tokenizer
@@ -114,7 +119,7 @@ class GenomeData(SequenceData):
     def genome(self) -> Genome:
         """All contigs, opened (and indexed, the first time ever) when first asked for."""
         if self._genome is None:
-            self._genome = Genome.open(self.path, self._cache_dir, self._circular)
+            self._genome = Genome.open(self.path, self._cache_dir, self._circular, self._protein)
         return self._genome
 
     @property
@@ -229,6 +234,8 @@ class GenomeData(SequenceData):
             f"Training windows are reverse-complemented with probability {self.reverse_complement}. Evaluation reads "
             "the forward strand.",
         ]
+        if self._protein is not None:
+            notes.append(f"Proteins are written as codons: {self._protein.settings}.")
         if self.tokenizer is not None:
             notes += token_notes(self.tokenizer, self.genome, self.split.regions, self.targets)
         if self.targets == "next":

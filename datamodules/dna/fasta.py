@@ -33,13 +33,16 @@ class Header:
     circular: bool = False
 
 
-def read_fasta(file: BufferedIOBase, path: Path, chunk: int = CHUNK) -> Iterator[Header | bytes]:
+def read_fasta(
+    file: BufferedIOBase, path: Path, chunk: int = CHUNK, any_letter: bool = False
+) -> Iterator[Header | bytes]:
     """Yield each record's `Header` and then its bases, in pieces, without blanks.
 
     Args:
         file: decompressed bytes.
         path: named in errors.
         chunk: bytes to hold at a time.
+        any_letter: leave it to the caller to judge letters, as of proteins.
 
     Raises:
         DataError: no header, a header without a name, a record without bases, protein, or an illegal character; with
@@ -72,7 +75,7 @@ def read_fasta(file: BufferedIOBase, path: Path, chunk: int = CHUNK) -> Iterator
                 if letters:
                     if not name:
                         raise _headless(path, line, text)
-                    if letters.translate(None, delete=LEGAL):
+                    if not any_letter and letters.translate(None, delete=LEGAL):
                         raise _illegal(path, line, text, name)
                     bases += len(letters)
                     yield letters

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from seqlong.datamodules.dna.proteins import ReverseTranslation
 from seqlong.datamodules.dna.store import Contig, GenomeStore
 from seqlong.errors import DataError, nearest
 
@@ -42,6 +43,7 @@ class Genome:
         paths: str | Path | Sequence[str | Path],
         cache_dir: str | Path | None = None,
         circular: Sequence[str] | Literal["all"] = (),
+        protein: ReverseTranslation | None = None,
     ) -> Genome:
         """Build or open the store of each path; see `GenomeStore.build_or_open`.
 
@@ -56,7 +58,8 @@ class Genome:
         if len({str(path) for path in several}) < len(several):
             twice = next(path for path in several if several.count(path) > 1)
             raise DataError(f"path: {twice} is listed twice")
-        stores = [GenomeStore.build_or_open(path, cache_dir, "all" if circular == "all" else ()) for path in several]
+        rings = "all" if circular == "all" else ()
+        stores = [GenomeStore.build_or_open(path, cache_dir, rings, protein) for path in several]
         first: dict[str, str | Path] = {}
         for path, store in zip(several, stores, strict=True):
             same = first.setdefault(store.digest, path)
@@ -64,9 +67,9 @@ class Genome:
                 raise DataError(f"path: {path} has the same content as {same}, so what one trains on the other tests")
         if not isinstance(circular, str):
             genome = cls(stores)
-            rings = [genome._places[genome.number(name, "circular")] for name in circular]
+            named = [genome._places[genome.number(name, "circular")] for name in circular]
             stores = [
-                store.with_circular([store.contigs[number].name for owner, number in rings if owner is store])
+                store.with_circular([store.contigs[number].name for owner, number in named if owner is store])
                 for store in stores
             ]
         return cls(stores)

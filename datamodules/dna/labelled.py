@@ -23,6 +23,7 @@ from seqlong.datamodules.dna.label_kinds import Kind, Labels, counts, learn_labe
 from seqlong.datamodules.dna.label_rows import EvaluationRows, Long, TrainingRows, check_lengths, check_tokens
 from seqlong.datamodules.dna.label_split import ends_held_out, folds_of, hold_out
 from seqlong.datamodules.dna.leakage import Leakage, find_leakage
+from seqlong.datamodules.dna.proteins import ProteinSettings, ReverseTranslation
 from seqlong.datamodules.dna.records import Bad, Records, read_records, unknown_letters
 from seqlong.datamodules.dna.tokens import DnaTokenizer, TokenizerSettings, build_tokenizer
 from seqlong.errors import ConfigError, DataError
@@ -66,6 +67,7 @@ class LabelledData(SequenceData):
         cache_dir: folder where floors are kept; null is $SEQLONG_CACHE or ~/.cache/seqlong.
         tokenizer: what a position is: a base, a word of k bases, a codon, or a learnt piece (BPE); null is a base.
             Lengths stay in bases.
+        protein: the sequences are proteins: how their residues become codons; null: they are bases.
 
     Raises:
         ConfigError: a setting is out of its range, or contradicts another.
@@ -99,6 +101,7 @@ class LabelledData(SequenceData):
         floors: bool = True,
         cache_dir: str | None = None,
         tokenizer: TokenizerSettings | None = None,
+        protein: ProteinSettings | None = None,
     ) -> None:
         super().__init__(length or 1, batch_size, None, None, eval_batch_size, seed, workers)
         given = [name for name, value in (("test", test), ("folds", folds), ("tail", tail)) if value is not None]
@@ -127,6 +130,7 @@ class LabelledData(SequenceData):
         self._leaks: dict[str, Leakage] = {}
         self._floors: list[dict[str, object]] | None = None
         self._printed = False
+        self._protein = None if protein is None else ReverseTranslation(protein)
         self.tokenizer = None if tokenizer is None else build_tokenizer(tokenizer)
         if self.tokenizer is not None:
             self.vocabulary = self.tokenizer
@@ -149,7 +153,9 @@ class LabelledData(SequenceData):
     def _read(self) -> dict[str, Records]:
         sequence, label = self._columns
         files = {part: paths for part, paths in self._files.items() if paths is not None}
-        parts = {part: read_records(paths, sequence, label, self.bad) for part, paths in files.items()}
+        parts = {
+            part: read_records(paths, sequence, label, self.bad, protein=self._protein) for part, paths in files.items()
+        }
         if self.folds is not None:
             whole = parts["train"]
             fold = folds_of(whole, self.folds, self.seed)
@@ -292,6 +298,8 @@ class LabelledData(SequenceData):
                 )
             else:
                 notes.append(f"No {name} record is in training, on either strand or nearly.")
+        if self._protein is not None:
+            notes.append(f"Proteins are written as codons: {self._protein.settings}.")
         if self.tokenizer is not None:
             notes.append(
                 f"Tokens are {self.tokenizer.name}: {self.tokenizer.size:,} ids. Bases after the last whole word of a "

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from seqlong.datamodules.dna.alphabet import LEGAL, LETTERS, is_unknown
 from seqlong.datamodules.dna.fasta import Header
+from seqlong.datamodules.dna.proteins import ReverseTranslation
 from seqlong.datamodules.dna.sequences import read_sequences
 from seqlong.datamodules.dna.source import check_file
 from seqlong.errors import ConfigError, DataError, located, nearest
 
 #: What columns are called where nobody says.
-SEQUENCE_NAMES = ("sequence", "seq", "dna", "rna", "dna_sequence", "dna_seq", "text")
+SEQUENCE_NAMES = ("sequence", "seq", "dna", "rna", "protein", "dna_sequence", "dna_seq", "text")
 LABEL_NAMES = ("label", "labels", "class", "target", "y", "value", "activity", "score")
 
 Bad = Literal["error", "drop"]
@@ -95,11 +96,13 @@ def read_records(
     label: Column | list[str] | list[int] = None,
     bad: Bad = "error",
     unlabelled: bool = False,
+    protein: ReverseTranslation | None = None,
 ) -> Records:
     """Read labelled sequences.
 
     Args:
-        paths: file or files: CSV, TSV, Parquet, JSON lines, FASTA, FASTQ, GenBank or EMBL; all but Parquet may be gzipped.
+        paths: file or files: CSV, TSV, Parquet, JSON lines, FASTA, FASTQ, GenBank or EMBL; all but
+            Parquet may be gzipped.
         sequence: name or number (from 0) of the column with the sequence; null finds it by its name or its letters.
         label: name or number of the column or columns with the label; null finds it. For FASTA: null is the last word
             of the header (or what follows its last ``|``), a number is that word of it, ``file`` is the file's name
@@ -107,6 +110,7 @@ def read_records(
         bad: what to do with a record that has no label, no bases or illegal letters: ``error``, or ``drop`` it (counted
             and reported).
         unlabelled: read sequences only.
+        protein: the sequences are proteins, and this makes bases of them; None: bases.
 
     Raises:
         DataError: no such file, no such column, a bad record; with file and line.
@@ -122,9 +126,14 @@ def read_records(
     dropped: list[str] = []
     for number, path in enumerate(listed):
         check_file(path)
-        for line, text, cells in _rows(path, sequence, label, unlabelled):
+        for line, text, cells in _rows(path, sequence, label, unlabelled, protein is not None):
             letters = text.translate(_UPPER)
-            problem = _problem(letters, cells, unlabelled)
+            problem = ""
+            if protein is not None:
+                if found := protein.problem(letters):
+                    problem = f"residue {found[0] + 1} of the protein: {found[1]}"
+                letters = protein.bases(letters)
+            problem = problem or _problem(letters, cells, unlabelled)
             if problem and bad == "error":
                 hint = "; data.bad=drop leaves such records out, and counts them"
                 raise DataError(located(path, line, problem + hint))
@@ -177,7 +186,7 @@ def unknown_letters(name: str, records: Records) -> list[str]:
 _Row = tuple[int, bytes, tuple[str, ...]]
 
 
-def _rows(path: Path, sequence: Column, label: Any, unlabelled: bool) -> Iterator[_Row]:
+def _rows(path: Path, sequence: Column, label: Any, unlabelled: bool, protein: bool = False) -> Iterator[_Row]:
     """``(line, sequence, labels)`` of each record of any kind of file."""
     name = path.name.lower().removesuffix(".gz").removesuffix(".bgz")
     if name.endswith((".parquet", ".pq")):
@@ -187,16 +196,16 @@ def _rows(path: Path, sequence: Column, label: Any, unlabelled: bool) -> Iterato
     elif name.endswith((".csv", ".tsv", ".txt", ".tab", ".data")):
         yield from _table(path, _separated(path), sequence, label, unlabelled)
     else:
-        yield from _fasta(path, label, unlabelled)
+        yield from _fasta(path, label, unlabelled, protein)
 
 
 # --- FASTA -----------------------------------------------------------------------------------------------------------
 
 
-def _fasta(path: Path, label: Any, unlabelled: bool) -> Iterator[_Row]:
+def _fasta(path: Path, label: Any, unlabelled: bool, protein: bool) -> Iterator[_Row]:
     header: Header | None = None
     parts: list[bytes] = []
-    for item in read_sequences(path):
+    for item in read_sequences(path, any_letter=protein):
         if not isinstance(item, Header):
             parts.append(item)
             continue

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from seqlong.datamodules.dna.alphabet import BASE_TABLE
 from seqlong.datamodules.dna.cache import atomic_write, content_digest, default_cache_dir, explained, locked
 from seqlong.datamodules.dna.fasta import Header
+from seqlong.datamodules.dna.proteins import ReverseTranslation
 from seqlong.datamodules.dna.sequences import read_sequences
 from seqlong.datamodules.dna.source import check_file
 from seqlong.errors import DataError, nearest
@@ -84,6 +85,7 @@ class GenomeStore:
         path: str | Path,
         cache_dir: str | Path | None = None,
         circular: Sequence[str] | Literal["all"] = (),
+        protein: ReverseTranslation | None = None,
     ) -> GenomeStore:
         """Open the store of a sequence file, building it first if no store of the same content exists.
 
@@ -93,6 +95,7 @@ class GenomeStore:
             path: FASTA, FASTQ, GenBank or EMBL, plain, gzip or bgzip; ``ecoli`` is the embedded genome.
             cache_dir: folder of stores; None is ``$SEQLONG_CACHE`` or ``~/.cache/seqlong``.
             circular: names of circular contigs, or "all", beside those that GenBank says are.
+            protein: the file holds proteins, and this makes bases of them; None: bases.
 
         Raises:
             DataError: the file or the folder cannot be used, or ``circular`` names no contig of the file.
@@ -105,7 +108,7 @@ class GenomeStore:
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
         digest = content_digest(source, folder)
-        stem = folder / f"{digest[:32]}-v{_FORMAT}"
+        stem = folder / f"{digest[:32]}-v{_FORMAT}{'-' + protein.name if protein else ''}"
         index = _read_index(stem)
         if index is None:
             with explained(folder), locked(_with(stem, ".lock")) as alone:
@@ -114,7 +117,7 @@ class GenomeStore:
                     if alone:
                         for leftover in folder.glob(f"{stem.name}.*.tmp"):
                             leftover.unlink(missing_ok=True)
-                    index = _build(source, stem)
+                    index = _build(source, stem, protein)
         store = cls(source, digest, _with(stem, ".bases"), [Contig(**contig) for contig in index])
         return store.with_circular(circular)
 
@@ -213,12 +216,12 @@ def _read_index(stem: Path) -> list[dict[str, Any]] | None:
     return index["contigs"] if whole else None
 
 
-def _build(source: Path, stem: Path) -> list[dict[str, Any]]:
+def _build(source: Path, stem: Path, protein: ReverseTranslation | None) -> list[dict[str, Any]]:
     contigs: list[dict[str, Any]] = []
     total = 0
     with _progress_bar(source) as progress, atomic_write(_with(stem, ".bases")) as file:
         sha = hashlib.sha512()
-        for item in read_sequences(source, progress):
+        for item in read_sequences(source, progress, protein):
             if isinstance(item, Header):
                 _close(contigs, total, sha.digest())
                 sha = hashlib.sha512()

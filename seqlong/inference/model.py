@@ -208,6 +208,7 @@ def load(
     kind = ("bfloat16" if place.type == "cuda" else "float32") if precision == "auto" else precision
     if kind not in ("float64", "float32", "bfloat16"):
         raise ConfigError(f"precision is '{precision}'; expected auto, float64, float32 or bfloat16")
+    _check_tokens(config, path)
     task = _build(config["model"], path)
     try:
         task.load_state_dict(content["state_dict"])
@@ -219,6 +220,17 @@ def load(
         task.double()
     card = content.get(DATA_KEY) or runs.read_json(path.parent.parent / "data.json", {}) or {}
     return Model(task, path, place, kind, _length(config), config, card)  # type: ignore[arg-type]
+
+
+def _check_tokens(config: dict[str, Any], path: Path) -> None:
+    """Raise ConfigError for a model of words or pieces of DNA: what asks models here reads single bases."""
+    given = (config.get("data") or {}).get("init_args") or {}
+    tokens = given.get("tokenizer")
+    if isinstance(tokens, dict) and tokens.get("kind", "base") != "base":
+        raise ConfigError(
+            f"{path} was trained on tokens of kind '{tokens['kind']}' (data.tokenizer), but this command reads single "
+            "bases; use seqlong validate, test or predict, or train with data.tokenizer.kind=base"
+        )
 
 
 def _device(name: str) -> torch.device:
