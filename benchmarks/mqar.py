@@ -9,8 +9,12 @@ validation rows; accuracies are of test rows, with Wilson's 95 % intervals.
     seqlong bench mqar                               everything, a process a mixer, many at once
     seqlong bench mqar --minutes 6 --log FILE        what does not get all its steps is said so by name; the same
                                                      command again goes on with the models that FILE lacks
-    seqlong bench mqar --small                       for a CPU: seven models, rows of 64; writes mqar_small
+    seqlong bench mqar --small --log FILE            for a CPU: see below; writes mqar_small
     seqlong bench mqar --only "Mamba2;KDA" --rates 1e-3,1e-2
+
+``--small`` asks the same of seven models: 1,600 steps of 12 rows at one learning rate, 5e-3, of which the first 1,000
+are a lesson, 48 rows of 64 tokens with 2, 4 or 8 pairs. A model of two blocks takes 1 to 4 minutes of a core, a deeper
+one more.
 """
 
 from __future__ import annotations
@@ -44,8 +48,8 @@ from seqlong.callbacks.recall_tally import wilson  # noqa: E402
 
 PREFIX = "@@"
 PEER = "Attention"
-#: ``--small``: what a CPU can afford, where the question is which of these solve it at all.
-SMALL = {"pairs": "4,8", "length": 64, "vocab_size": 64, "batch_size": 64, "steps": 1000, "minutes": 60.0}
+#: ``--small``: rows as long and as full as without it, fewer of them, one learning rate, and a lesson on short rows.
+SMALL = {"batch_size": 12, "steps": 1600, "lesson": 1000, "eval_rows": 96, "rates": "5e-3", "minutes": 60.0}
 SMALL_MODELS = ["Attention", "DeltaNet", "GatedDeltaNet", "LinearAttention", "LinearAttention, 4 blocks",
                 "LinearAttention + attention 3:1", "Mamba2"]  # fmt: skip
 Found = dict[str, list[dict[str, Any]]]  # model -> one result a learning rate
@@ -56,7 +60,7 @@ Found = dict[str, list[dict[str, Any]]]  # model -> one result a learning rate
 
 def _child(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    setting = Setting(**{**job["setting"], "pairs": tuple(job["setting"]["pairs"])})
+    setting = Setting(**{**job["setting"], **{name: tuple(job["setting"][name]) for name in ("pairs", "lesson_pairs")}})
     device = torch.device(job["device"])
 
     def say(text: str) -> None:
@@ -211,14 +215,20 @@ def draw(found: Found, setting: Setting, figure: Figure) -> None:
         axis.set_yticks(range(len(names)), names if axis is left else [], fontsize=8.5)
         axis.set_title(title, fontsize=9.5, loc="left")
         axis.tick_params(length=0)
+    colours = {"attention": "#14191f", "linear": "#1767b3", "hybrid": "#c2410c"}
+    asked = setting.eval_rows * setting.pairs[-1]
     for number, name in enumerate(names):
         result = best(found[name])
-        kind = "hybrid" if "+" in name else "attention" if name.startswith("Attention") else "linear"
-        colour = {"hybrid": "#c2410c", "attention": "#14191f", "linear": "#1767b3"}[kind]
+        colour = colours["hybrid" if "+" in name else "attention" if name.startswith("Attention") else "linear"]
         x, y = result["state_bytes"] / 1024, result["test"][-1]
+        low, high = wilson(round(y * asked), asked)
+        right.vlines(x, low, high, color=colour, linewidth=1.2)
         right.scatter(x, y, color=colour, s=22, zorder=3)
         up = 5 if number % 2 else -10
         right.annotate(name, (x, y), xytext=(4, up), textcoords="offset points", fontsize=7, color=colour)
+    for kind, colour in colours.items():
+        right.scatter([], [], color=colour, s=22, label=kind)
+    right.legend(fontsize=7, frameon=False, loc="center left", title="bars: Wilson's 95 %", title_fontsize=7)
     right.axhline(setting.chance, color="#5d6772", linewidth=0.8, linestyle="--")
     right.annotate("chance", (0.99, setting.chance), xycoords=("axes fraction", "data"), ha="right", va="bottom",
                    fontsize=7.5, color="#5d6772")  # fmt: skip
@@ -233,6 +243,9 @@ def draw(found: Found, setting: Setting, figure: Figure) -> None:
         curve = best(found[name])["curve"]
         below.plot([every * (place + 1) for place in range(len(curve))], curve, linewidth=1.4, label=name)
     below.axhline(setting.chance, color="#5d6772", linewidth=0.8, linestyle="--")
+    if setting.lesson:
+        below.axvline(setting.lesson, color="#5d6772", linewidth=0.8, linestyle=":")
+        below.annotate("short rows until here ", (setting.lesson, 1.03), ha="right", fontsize=7, color="#5d6772")
     below.set_ylim(-0.05, 1.08)
     below.set_title("validation accuracy by step, best rate" + (", 6 best and 2 last" if len(names) > 8 else ""),
                     fontsize=9.5, loc="left")  # fmt: skip
@@ -253,7 +266,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", type=lambda text: [part.strip() for part in text.split(";")],
                         help="models, separated by ;")  # fmt: skip
     parser.add_argument(
-        "--small", action="store_true", help="settings for a CPU, and fewer models: a result of its own"
+        "--small",
+        action="store_true",
+        help="for a CPU: 12 rows a step, one learning rate, a lesson on short rows first, seven models; 1 to 4 minutes "
+        "of a core for a model of two blocks; a result of its own",
     )
     parser.add_argument("--minutes", type=float, default=30, help="for all models together")
     # A recorded step needs little of a core, but all of the GPU's attention: more processes than cores are welcome.
@@ -263,6 +279,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", default="4,16,64", help="of key and value in a row")
     for name in ("length", "vocab_size", "width", "batch_size", "steps", "eval_rows"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Setting, name))
+    parser.add_argument("--lesson", type=int, default=0, help="first steps, on rows of a quarter of the length")
     parser.add_argument("--precision", choices=("bf16", "float32"), help="bf16 on a GPU, where nothing is said")
     parser.add_argument("--no-graph", action="store_true", help="launch every kernel, without CUDA graphs")
     parser.add_argument("--log", type=Path, help="append every result, one JSON a line")
@@ -286,7 +303,7 @@ def _main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     setting = Setting(
         tuple(int(pairs) for pairs in given.pairs.split(",")), given.length, given.vocab_size, given.width,
-        given.batch_size, given.steps, eval_rows=given.eval_rows,
+        given.batch_size, given.steps, eval_rows=given.eval_rows, lesson=given.lesson,
         bf16=given.precision == "bf16" or (given.precision is None and device == "cuda"),
     )  # fmt: skip
     # The deepest first: they take longest.

@@ -186,6 +186,22 @@ def test_recall_benchmark_trains_and_reports_every_rate(monkeypatch: pytest.Monk
         assert low.name == high.name and low.value < share < high.value < low.value + 0.2
 
 
+def test_a_lesson_on_short_rows_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    recall = _script("_recall", monkeypatch)
+    setting = recall.Setting((4,), 64, 16, 16, 8, 4, eval_rows=8, lesson=3, lesson_pairs=(2, 3), solved=2.0)
+    seen = []
+    step = recall.Model.step
+
+    def watch(self: Any, given: Any, progress: float) -> None:
+        seen.append((tuple(given.tokens.shape), sorted({int(row) for row in (given.targets >= 0).sum(1)})))
+        step(self, given, progress)
+
+    monkeypatch.setattr(recall.Model, "step", watch)
+    [result] = recall.train("LinearAttention", setting, [1e-3], torch.device("cpu"))
+    assert seen == [((32, 16), [2, 3])] * 3 + [((8, 64), [4])]
+    assert result["steps"] == 4 and len(result["test"]) == 1, "what is reported is recall of long rows"
+
+
 def test_recall_benchmark_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recall, mqar = _script("_recall", monkeypatch), _script("mqar", monkeypatch)
     setting, rates, log, started = recall.Setting((2,), 16), [1e-3, 1e-2], tmp_path / "log", []
