@@ -202,15 +202,16 @@ class VideoTextMatching(SequenceTask):
         metric.reset()
 
     def _bits(self, video: Tensor, text: Tensor, videos: Tensor, names: Tensor) -> Tensor:
-        """Mean bits of choosing among as many pairs as training does."""
+        """Mean bits of choosing among as many pairs as training does; NaN where all belong together."""
         size = self.among or len(videos)
         scale = self.pairs.scale.detach()
-        nats = []
+        nats: list[Tensor] = []
         for begin in range(0, max(len(videos) - size, 0) + 1, size):
             v, u, a, b = (part[begin : begin + size] for part in (video, text, videos, names))
             right, known = torch.arange(len(a), device=a.device), torch.ones_like(a, dtype=torch.bool)
             fits = belong(a, b, a, b)
-            nats += [contrast(scale * x @ y.T, right, fits, known) for x, y in ((v, u), (u, v))]
+            asked = ~fits.all(dim=1)
+            nats += [contrast(scale * x @ y.T, right, fits, known)[asked] for x, y in ((v, u), (u, v))]
         return torch.cat(nats).mean() / math.log(2)
 
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> dict[str, Any]:

@@ -137,7 +137,8 @@ class VideoText(VideoData):
         """What can be had without the video, on the validation texts: a guess among the pairs of a batch; for texts
         bits of a byte by what stood before it in those of training (add one)."""
         if self.targets == "pair":
-            return [{"name": "chance", "bits": math.log2(self.batch_size)}]
+            among = min(self.batch_size, len(self.videos["validation"]))
+            return [{"name": "chance", "bits": math.log2(among)}] if among > 1 else []
         trained, asked = ([self._bytes(video) for video in self.videos[part]] for part in ("train", "validation"))
         if self.targets != "next" or self.rows.losses != ("text",) or not asked:
             return []
