@@ -16,8 +16,13 @@ def fit(folder: str, *settings: str) -> dict[str, list[float]]:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
-    metrics: dict[str, list[float]] = {}
+    return metrics(run)
+
+
+def metrics(run: Path) -> dict[str, list[float]]:
+    """What a run folder holds: every metric's values in order."""
+    found: dict[str, list[float]] = {}
     with open(run / "metrics.csv") as file:
         for row in csv.DictReader(file):
-            metrics.setdefault(row["name"], []).append(float(row["value"]))
-    return metrics
+            found.setdefault(row["name"], []).append(float(row["value"]))
+    return found
