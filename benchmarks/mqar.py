@@ -224,13 +224,14 @@ def draw(found: Found, setting: Setting, figure: Figure) -> None:
         low, high = wilson(round(y * asked), asked)
         right.vlines(x, low, high, color=colour, linewidth=1.2)
         right.scatter(x, y, color=colour, s=22, zorder=3)
-        up = 5 if number % 2 else -10
-        right.annotate(name, (x, y), xytext=(4, up), textcoords="offset points", fontsize=7, color=colour)
+        up = 5 if number % 2 or y < 0.15 else -10  # below stands the chance line
+        side, across = ("right", -4) if x > 64 else ("left", 4)
+        right.annotate(name, (x, y), xytext=(across, up), textcoords="offset points", ha=side, fontsize=7, color=colour)
     for kind, colour in colours.items():
         right.scatter([], [], color=colour, s=22, label=kind)
     right.legend(fontsize=7, frameon=False, loc="center left", title="bars: Wilson's 95 %", title_fontsize=7)
     right.axhline(setting.chance, color="#5d6772", linewidth=0.8, linestyle="--")
-    right.annotate("chance", (0.99, setting.chance), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+    right.annotate("chance", (0.01, setting.chance), xycoords=("axes fraction", "data"), ha="left", va="top",
                    fontsize=7.5, color="#5d6772")  # fmt: skip
     right.set_xscale("log", base=2)
     right.xaxis.set_major_formatter("{x:g}")
