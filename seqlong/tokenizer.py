@@ -1,13 +1,15 @@
-"""``seqlong tokenizer``: train a byte-level BPE on your own files, and see what a tokenizer.json does to a text."""
+"""``seqlong tokenizer``: train a BPE on your own text or genome, and see what a tokenizer.json does to a text."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -23,12 +25,15 @@ EXAMPLES = """\
 examples:
   seqlong tokenizer train books/ --size 8192 --out tokenizer.json
   seqlong tokenizer train 'web/*.jsonl.gz' --size 32000 --field content
+  seqlong tokenizer train genome.fa.gz --size 4096         (pieces of bases)
   seqlong tokenizer show tokenizer.json books/moby_dick.txt
 
-Files: .txt, .md, .jsonl, .parquet, .tar; folders and patterns of them. Train on the files that you train a model on."""
+Files: .txt, .md, .jsonl, .parquet, .tar; folders and patterns of them. Or sequences: .fa, .fasta, .fna, .fq, .fastq,
+.gb, .gbk, .gbff, .embl, also gzipped. Train on the files that you train a model on."""
 #: Bytes of text that a tokenizer is trained on, at most; more of the same teaches it nothing.
 LIMIT = 1 << 30
 _PIECE = 1 << 16
+_SEQUENCES = re.compile(r"\.(fa|fasta|fna|ffn|fq|fastq|gb|gbk|gbff|embl)(\.b?gz)?$", re.IGNORECASE)
 #: Bytes, and the special tokens.
 _SMALLEST = 256 + len(SPECIALS)
 
@@ -62,7 +67,16 @@ def command(words: Sequence[str]) -> int:
     showing.add_argument("paths", nargs="*", metavar="PATH", help="text to try it on")
     showing.add_argument("--field", default="text", help="as above")
     given = parser.parse_args(list(words))
-    if given.verb == "train":
+    if given.verb == "train" and all(_SEQUENCES.search(path) for path in given.paths):
+        from seqlong.datamodules.dna.bpe import BpeTokenizer, train_bpe
+
+        made = BpeTokenizer(train_bpe(given.paths, given.size, given.out, min(given.limit, 1 << 25)))
+        print(f"{given.out}: {made.size:,} ids; pieces of {int(made.widths(np.arange(made.size)).max())} bases at most")
+        print(
+            f"use it: seqlong fit experiment=dna/kmers 'data.tokenizer={{kind: bpe, file: {given.out}}}' "
+            f"model.backbone.vocab_size={made.size}"
+        )
+    elif given.verb == "train":
         train(given.paths, given.size, given.out, given.field, given.limit)
         show(given.out, [], given.field)
         print(f"use it: data.tokenizer={given.out} model.backbone.vocab_size={given.size}")

@@ -185,7 +185,7 @@ class SequenceTask(LightningModule):
                 f"the data has {symbols} symbols, but the model's vocabulary {size}; set "
                 f"model.backbone.vocab_size={symbols}"
             )
-        if self.backbone.strands is not None and hasattr(data, "check_strands"):
+        if data is not None and self.backbone.strands is not None and hasattr(data, "check_strands"):
             data.check_strands(self.backbone.strands.pairs)
 
     # --- training ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 from Bio.Data import CodonTable
 from Bio.Seq import Seq
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer, models
 
 import seqlong.configs  # noqa: F401 (what interpolations compute)
 from seqlong.backbone import BackboneConfig
@@ -29,6 +30,7 @@ from seqlong.datamodules.dna.tokens import (
 from seqlong.errors import ConfigError, DataError
 from seqlong.mixers import Bidirectional, Mamba2
 from seqlong.tasks import MaskedLM
+from seqlong.tokenizer import command
 
 
 def array(text: str) -> np.ndarray:
@@ -356,9 +358,7 @@ def test_labelled_records_that_are_turned(labelled):
 
 
 def test_words_longer_than_a_record_are_refused(labelled):
-    with pytest.raises(
-        DataError, match=r"rows.csv:2: a sequence of 6 bases, and 2 more are shorter than one word"
-    ):
+    with pytest.raises(DataError, match=r"rows.csv:2: a sequence of 6 bases, and 2 more are shorter than one word"):
         _ = labelled(ROWS, TokenizerSettings("kmer", k=8)).parts
 
 
@@ -369,3 +369,55 @@ def test_parts_of_records_keep_the_frame(labelled):
         assert set(data.tokenizer.translate(batch.tokens.flatten().numpy())) <= set("MA*")
     with pytest.raises(ConfigError, match=r"data.length=31 is no whole number of codons.*data.length=30"):
         _ = labelled(genes, TokenizerSettings("codon"), long="crop", length=31).parts
+
+
+# Learnt pieces
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bpe")
+    genome = folder / "g.fa"
+    genome.write_text(">a\n" + ("GATTACA" * 40 + bases(300, 2)) * 5 + "\n>b\n" + bases(2000, 3, "ACGTN") + "\n")
+    assert command(["train", str(genome), "--size", "40", "--out", str(folder / "t.json")]) == 0
+    return str(folder / "t.json")
+
+
+def test_learnt_pieces(pieces, make):
+    tokens = build_tokenizer(TokenizerSettings("bpe", file=pieces))
+    assert tokens.size == 40 and tokens.encode("NRAn") == [4, 4, 5, 4]  # special tokens, N, then A, C, G, T and merges
+    text = bases(500, 5, "ACGTACGTNacgt") + "GATTACA" * 3
+    found = np.array(tokens.encode(text))
+    assert tokens.decode(found) == text.upper() and tokens.widths(found).sum() == len(text) > 1.5 * found.size
+    assert pickle.loads(pickle.dumps(tokens)).encode(text) == found.tolist()
+    with pytest.raises(ConfigError, match="a token of one strand is no token of the other"):
+        tokens.check_strands(list(range(40)))
+
+
+def test_rows_of_learnt_pieces(pieces, make):
+    text = bases(4000, 6)
+    data = make({"a": text}, TokenizerSettings("bpe", file=pieces), length=50)
+    batch = next(iter(data.train_dataloader()))
+    assert batch.shape[1] % 64 == 0
+    for row, source in enumerate(batch.source):
+        expected = data.tokenizer.encode(read(text, source, 0))
+        assert batch.tokens[row, : len(expected)].tolist() == expected
+        assert batch.targets[row].tolist() == expected[1:] + [-1] * (batch.shape[1] - len(expected) + 1)
+        assert int((batch.segment_ids[row] == 1).sum()) == len(expected)
+    with pytest.raises(ConfigError, match=r"data.order=stream"):
+        make({"a": text}, TokenizerSettings("bpe", file=pieces), order="stream")
+
+
+def test_learnt_pieces_that_are_refused(pieces, tmp_path):
+    with pytest.raises(ConfigError, match=r"needs data\.tokenizer\.file"):
+        build_tokenizer(TokenizerSettings("bpe"))
+    with pytest.raises(DataError, match="there is no such tokenizer"):
+        build_tokenizer(TokenizerSettings("bpe", file=str(tmp_path / "none.json")))
+    text = tmp_path / "text.json"
+    Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, "<unk>")).save(str(text))
+    with pytest.raises(DataError, match="has no pieces of A, C, G and T"):
+        build_tokenizer(TokenizerSettings("bpe", file=str(text)))
+    genome = tmp_path / "g.fa"
+    genome.write_text(">a\nACGT\n")
+    with pytest.raises(DataError, match=r"pieces for \d+ ids only, not 400"):
+        command(["train", str(genome), "--size", "400", "--out", str(tmp_path / "t.json")])

@@ -25,7 +25,7 @@ from seqlong.datamodules.sampler import BatchRequest, Stage
 from seqlong.errors import ConfigError
 
 #: Bases that tell how many of them a learnt token has.
-_SAMPLE = 1 << 20
+_SAMPLE = 1 << 16
 
 
 class GenomeData(SequenceData):

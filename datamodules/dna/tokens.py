@@ -25,7 +25,7 @@ from seqlong.errors import ConfigError, DataError
 Ids = NDArray[np.int64]
 #: Longest words; 4^k embeddings of 9 bases and more would be larger than the models that read them.
 MAX_K = 10
-_SPECIAL = ("<pad>", "<mask>", "<bos>", "<eos>")
+SPECIAL = ("<pad>", "<mask>", "<bos>", "<eos>")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class DnaTokenizer(ABC):
 
     def known(self, ids: Ids) -> NDArray[np.bool_]:
         """Which ids may be predicted."""
-        return (ids >= len(_SPECIAL)) & (ids != self.unknown)
+        return (ids >= len(SPECIAL)) & (ids != self.unknown)
 
     def encode(self, sequence: str) -> list[int]:
         """Ids of a string of bases, of any case.
@@ -174,7 +174,7 @@ class KmerTokenizer(DnaTokenizer):
         """What each id is called."""
         digits = self._digits(np.arange(self.words))
         shown = np.frombuffer(b"ACGT", dtype=np.uint8)[digits].tobytes().decode()
-        return (*_SPECIAL, *(shown[at : at + self.k] for at in range(0, len(shown), self.k)), "N" * self.k)
+        return (*SPECIAL, *(shown[at : at + self.k] for at in range(0, len(shown), self.k)), "N" * self.k)
 
     def tokens(self, bases: Bytes) -> Ids:
         count = max(0, (bases.size - self.k) // self.stride + 1)
@@ -201,7 +201,7 @@ class KmerTokenizer(DnaTokenizer):
     def _written(self, run: Ids) -> str:
         """Bases of a run of words, or the names of special tokens. Where words overlap, any that is known tells."""
         if run[0] < A:
-            return "".join(_SPECIAL[number] for number in run.tolist())
+            return "".join(SPECIAL[number] for number in run.tolist())
         text = np.full((run.size - 1) * self.stride + self.k, ord("N"), dtype=np.uint8)
         good = run != self.unknown
         digits = np.frombuffer(b"ACGT", dtype=np.uint8)[self._digits(run[good] - A)]
@@ -276,7 +276,14 @@ def build_tokenizer(settings: TokenizerSettings) -> DnaTokenizer | None:
     if kind == "codon":
         return CodonTokenizer(settings.code)
     if kind == "bpe":
-        raise ConfigError("data.tokenizer.kind=bpe needs data.tokenizer.file")
+        if settings.file is None:
+            raise ConfigError(
+                "data.tokenizer.kind=bpe needs data.tokenizer.file, a tokenizer.json; make one with "
+                "seqlong tokenizer train genome.fa --size 4096"
+            )
+        from seqlong.datamodules.dna.bpe import BpeTokenizer  # which stands on this module
+
+        return BpeTokenizer(settings.file)
     return None
 
 
