@@ -226,7 +226,7 @@ def draw(found: list[Outcome], published: dict[str, dict[str, float]], figure: F
         high = max(*(value for _, value, _ in lines), *task.each)
         for place, (_, value, colour) in enumerate(lines):
             axis.plot(value, place, "o", color=colour, markersize=6)
-            axis.annotate(f"{value:.3f}", (value, place), xytext=(7, 0), textcoords="offset points", va="center",
+            axis.annotate(f"{value:.3f}", (value, place), xytext=(7, 4), textcoords="offset points", va="center",
                           fontsize=7.5, color=colour)  # fmt: skip
         axis.plot(task.each, [0] * len(task.each), "|", color="#1767b3", markersize=11, alpha=0.6)
         axis.set_yticks(range(len(lines)), [name for name, _, _ in lines], fontsize=7.5)
