@@ -224,7 +224,9 @@ def draw(found: Found, setting: Setting, figure: Figure) -> None:
         low, high = wilson(round(y * asked), asked)
         right.vlines(x, low, high, color=colour, linewidth=1.2)
         right.scatter(x, y, color=colour, s=22, zorder=3)
-        up = 5 if number % 2 or y < 0.15 else -10  # below stands the chance line
+        # A stair of names where several are as good; below stands the chance line.
+        near = sum(abs(best(found[other])["test"][-1] - y) < 0.03 for other in names[:number])
+        up = 5 + 9 * near if y < 0.5 else -10 - 9 * near
         side, across = ("right", -4) if x > 64 else ("left", 4)
         right.annotate(name, (x, y), xytext=(across, up), textcoords="offset points", ha=side, fontsize=7, color=colour)
     for kind, colour in colours.items():
