@@ -8,7 +8,7 @@ as a list, ``seed_everything``. :func:`to_lightning` and :func:`to_house` are ea
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,8 @@ def compose(words: Sequence[str] = (), hardware: str | None = None) -> Composed:
     """Compose the config groups with overrides.
 
     Args:
-        words: overrides, such as ``["experiment=dna/demo", "trainer.max_steps=50"]``. ``experiment`` may also be the
-            path of a YAML file of one's own.
+        words: overrides, such as ``["experiment=dna/demo", "trainer.max_steps=50"]``. Each group's option may
+            also be the path of a YAML file of one's own.
         hardware: option of the group ``hardware`` unless ``words`` name one; None asks torch whether there is a GPU.
 
     Raises:
@@ -106,13 +106,13 @@ def compose(words: Sequence[str] = (), hardware: str | None = None) -> Composed:
     parsed = parse_overrides(words)
     known = groups()
     chosen = {o.key_or_group: o for o in parsed if o.key_or_group in known}
-    own_file = _register_own_experiment(chosen)
+    own = _register_own_files(chosen)
     for name, override in chosen.items():
-        _check_option(name, str(override.value()), own_file)
+        _check_option(name, str(override.value()), own)
     final = []
     for o in parsed:
-        if own_file and o.key_or_group == "experiment":
-            final.append("experiment=" + _OWN_EXPERIMENT)
+        if o.key_or_group in own:
+            final.append(f"{o.key_or_group}={_OWN_FILE}")
             continue
         if _names_class(o):  # another class: what the file gave to the one before would be merged into it
             final.append(f"++{o.key_or_group}=null")
@@ -125,16 +125,17 @@ def compose(words: Sequence[str] = (), hardware: str | None = None) -> Composed:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             config = hydra_compose("config", overrides=final, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise _explain_composition(error, chosen, own_file) from error
+        raise _explain_composition(error, chosen, own) from error
     choices = {str(k): str(v) for k, v in config.hydra.runtime.choices.items() if "hydra" not in str(k) and v}
     OmegaConf.set_struct(config, False)
     config.pop("hydra")
-    files = composed_files(choices, own_file)
+    files = composed_files(choices, own)
     house = _resolve(config, files)
     run = house.setdefault("run", {})
     if isinstance(run, dict) and not run.get("name"):
-        experiment = own_file.stem if own_file else choices.get("experiment", "run")
-        model = f"-{choices['model']}" if "model" in chosen and "model" in choices else ""
+        named = {**choices, **{group: path.stem for group, path in own.items()}}
+        experiment = named.get("experiment", "run")
+        model = f"-{named['model']}" if "model" in chosen and "model" in named else ""
         run["name"] = experiment.replace("/", "-") + model
     given = {o.key_or_group: o.input_line for o in parsed}
     return Composed(house, files, given)
@@ -270,7 +271,7 @@ def dump(config: dict[str, Any]) -> str:
 
 # --- parts -----------------------------------------------------------------------------------------------------------
 
-_OWN_EXPERIMENT = "_own_file"
+_OWN_FILE = "_own_file"
 
 
 def _mapping(node: Any, key: str) -> dict[str, Any]:
@@ -302,21 +303,22 @@ def _forced(override: Any, known: Sequence[str]) -> str:
     return f"++{line}" if plain else line
 
 
-def _register_own_experiment(chosen: dict[str, Any]) -> Path | None:
-    """``experiment=path/to/my.yaml``: hand the file to Hydra as an option of the group."""
-    override = chosen.get("experiment")
-    value = str(override.value()) if override is not None and not override.is_delete() else ""
-    if not value.endswith((".yaml", ".yml")):
-        return None
-    from hydra.core.config_store import ConfigStore
+def _register_own_files(chosen: dict[str, Any]) -> dict[str, Path]:
+    """``experiment=path/to/my.yaml``, ``model=mine.yaml``: hand the files to Hydra as options of their groups."""
+    found = {}
+    for group, override in chosen.items():
+        value = "" if override.is_delete() else str(override.value())
+        if value.endswith((".yaml", ".yml")):
+            from hydra.core.config_store import ConfigStore
 
-    path = Path(value).expanduser()
-    ConfigStore.instance().store(group="experiment", name=_OWN_EXPERIMENT, node=load_yaml(path), package="_global_")
-    return path
+            found[group] = path = Path(value).expanduser()
+            package = "_global_" if group == "experiment" else group.replace("/", ".")
+            ConfigStore.instance().store(group=group, name=_OWN_FILE, node=load_yaml(path), package=package)
+    return found
 
 
-def _check_option(group: str, option: str, own_file: Path | None) -> None:
-    if option in ("None", "null") or (group == "experiment" and own_file):
+def _check_option(group: str, option: str, own: Mapping[str, Path]) -> None:
+    if option in ("None", "null") or group in own:
         return
     valid = options(group)
     if option not in valid:
@@ -369,7 +371,7 @@ def _example(key: str) -> str:
     return {"data.path": "my.fa.gz"}.get(key, "VALUE")
 
 
-def _explain_composition(error: Exception, chosen: dict[str, Any], own_file: Path | None) -> ConfigError:
+def _explain_composition(error: Exception, chosen: dict[str, Any], own: Mapping[str, Path]) -> ConfigError:
     """One sentence for each way in which Hydra's composition fails."""
     from hydra.errors import MissingConfigException
 
@@ -389,7 +391,7 @@ def _explain_composition(error: Exception, chosen: dict[str, Any], own_file: Pat
         where = next(
             (
                 (file.path, number)
-                for file in composed_files({k: str(o.value()) for k, o in chosen.items()}, own_file)
+                for file in composed_files({k: str(o.value()) for k, o in chosen.items()}, own)
                 for number, line in enumerate(file.path.read_text().splitlines(), 1)
                 if re.search(rf"{re.escape(group)}\s*:\s*[\"']?{re.escape(option)}", line)
             ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -82,12 +82,15 @@ def load_yaml(path: Path) -> DictConfig:
     return content
 
 
-def composed_files(choices: dict[str, str], own_experiment: Path | None = None) -> list[ConfigFile]:
-    """The files that a choice of options is made of, in the order of rising precedence."""
+def composed_files(choices: dict[str, str], own: Mapping[str, Path] | None = None) -> list[ConfigFile]:
+    """The files that a choice of options is made of, in the order of rising precedence.
+
+    ``own``: files of the user's own, by group.
+    """
     files: list[ConfigFile] = [ConfigFile(CONFIGS / "config.yaml", ())]
     for group in sorted(choices, key=lambda name: name == "experiment"):
-        if group == "experiment" and own_experiment is not None:
-            files.append(ConfigFile(own_experiment, ()))
+        if own is not None and group in own:
+            files.append(ConfigFile(own[group], () if group == "experiment" else tuple(group.split("/"))))
         else:
             _add(files, group, choices[group])
     return files

@@ -229,3 +229,16 @@ def test_a_class_given_inline_takes_the_place_of_another_with_all_its_settings()
     words = ["experiment=dna/demo", "model.backbone.mixers.m={class_path: seqlong.mixers.GLA, init_args: {heads: 2}}"]
     mixer = compose(words).house["model"]["backbone"]["mixers"]["m"]
     assert mixer == {"class_path": "seqlong.mixers.GLA", "init_args": {"heads": 2}}
+
+
+def test_a_model_of_ones_own_is_a_file_like_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (CONFIGS / "model" / "hybrid_small.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(text.replace("d_model: 128", "d_model: 96"))
+    made = compose(["experiment=dna/demo", "model=mine.yaml"])
+    assert made.house["model"]["backbone"]["d_model"] == 96
+    assert made.house["run"]["name"] == "dna-demo-mine"
+    path, line = made.where(["model", "init_args", "backbone", "d_model"]) or (None, 0)
+    assert path == Path("mine.yaml") and "d_model: 96" in (tmp_path / "mine.yaml").read_text().splitlines()[line - 1]
+    with pytest.raises(ConfigError, match=r"there is no file other.yaml"):
+        compose([TOY, "model=other.yaml"])

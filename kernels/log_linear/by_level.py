@@ -161,10 +161,10 @@ def log_linear_by_level_backward(
     groups, repeat = q.shape[2], v.shape[2] // q.shape[2]
     for part, query, key, weight in runs.itself():
         read = (grad_output[:, part].float() * v[:, part]).sum(dim=-1)  # (b n h)
-        level = levels[:, part, :, 0].float()
+        first = levels[:, part, :, 0].float()
         dlevels[:, part, :, 0] = read * weight
-        torch.mul((weight * level)[..., None], grad_output[:, part], out=dv[:, part])
-        through = read * level
+        torch.mul((weight * first)[..., None], grad_output[:, part], out=dv[:, part])
+        through = read * first
         if beta is not None:
             pairs = (query * key).sum(dim=-1).repeat_interleave(repeat, dim=2)
             dbeta[:, part] = through * pairs

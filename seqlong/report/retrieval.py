@@ -30,9 +30,9 @@ def retrieval_section(record: RunRecord) -> Html | None:
     heads = ["Among the first", *map(str, _AT)]
     head = tag("thead", _row("th", heads))
     body = tag("tbody", *[_row("td", row) for row in rows])
-    note = "How often a partner is among the first of all that were evaluated; what scores as high stands before it."
+    about = "How often a partner is among the first of all that were evaluated; what scores as high stands before it."
     return tag(
-        "section", tag("h2", "Retrieval"), tag("p", note, attributes={"class": "note"}), div("grid", *charts),
+        "section", tag("h2", "Retrieval"), tag("p", about, attributes={"class": "note"}), div("grid", *charts),
         div("scroll", tag("table", head, body)), attributes={"id": "retrieval"},
     )  # fmt: skip
 
