@@ -465,8 +465,13 @@ def measure(
     length: int,
     sizes: Mapping[str, int] | None = None,
     budget: float = 0.5,
+    least: int = 3,
 ) -> float:
-    """Seconds of one forward and backward pass: the median over about ``budget`` seconds, after a warm-up."""
+    """Seconds of one forward and backward pass: the median over about ``budget`` seconds, after a warm-up.
+
+    Args:
+        least: how many passes are timed however long one takes.
+    """
     device = torch.device(device)
     given = inputs(probe, device, dtype, length=length, sizes={**probe.large, **(sizes or {})})
 
@@ -484,4 +489,4 @@ def measure(
 
     once()
     first = once()
-    return statistics.median([once() for _ in range(max(3, min(50, int(budget / max(first, 1e-6)))))])
+    return statistics.median([once() for _ in range(max(least, min(50, int(budget / max(first, 1e-6)))))])

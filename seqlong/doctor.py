@@ -33,7 +33,7 @@ HELP = """Shows, for this machine:
   environment     versions, GPU, driver, memory, disk, and what is outside what seqlong needs
   ops             what each one runs as here and why; its relative error against the float64 reference, of the outputs
                   and of the gradients (in brackets that of plain torch in the same type, which is the yardstick); its
-                  speed against plain torch
+                  speed against plain torch or, where that is what runs, against the reference on a short row
   configurations  which tuned settings the GPU kernels use: shipped with seqlong, your own, or the default
   advice          what to install or do to be faster, or to get more
 
@@ -58,6 +58,7 @@ class Finding:
         errors: type -> case -> result -> its relative ``error``, and that of ``plain`` torch.
         wrong: sentences, one for each type and case whose error cannot be explained.
         seconds, plain_seconds: forward and backward pass, of what runs here and of plain torch.
+        reference_seconds: where plain torch runs here: of the reference, ``seconds`` being those of the same short row.
     """
 
     op: str
@@ -67,6 +68,7 @@ class Finding:
     wrong: list[str] = field(default_factory=list)
     seconds: float | None = None
     plain_seconds: float | None = None
+    reference_seconds: float | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -216,11 +218,25 @@ def examine(probe: probes.Probe, device: torch.device, quick: bool = False) -> F
     for dtype in [main, *others]:
         for case in ("plain",) if quick else probe.cases:
             _compare(probe, finding, device, dtype, case)
-    if not quick and not finding.wrong and finding.runs_as not in (probe.yardstick, "reference"):
-        length = LENGTHS.get(device.type, LENGTHS["cpu"])
-        finding.seconds, _ = _attempt(lambda: probes.measure(probe, None, device, main, length=length))
-        finding.plain_seconds, _ = _attempt(lambda: probes.measure(probe, probe.yardstick, device, main, length=length))
+    if not quick and not finding.wrong:
+        _time_forms(probe, finding, device, main)
     return finding
+
+
+def _time_forms(probe: probes.Probe, finding: Finding, device: torch.device, dtype: torch.dtype) -> None:
+    """Time what runs here beside plain torch; plain torch beside the reference, which takes seconds on longer rows."""
+
+    def seconds(implementation: str | None, **more: Any) -> float | None:
+        found: float | None = _attempt(lambda: probes.measure(probe, implementation, device, dtype, **more))[0]
+        return found
+
+    if finding.runs_as == probe.yardstick:
+        short: dict[str, Any] = {"length": probes.LENGTH, "sizes": probe.small, "budget": 0.1}
+        finding.seconds = seconds(None, **short)
+        finding.reference_seconds = seconds("reference", **short, least=1)
+    elif finding.runs_as != "reference":
+        length = LENGTHS.get(device.type, LENGTHS["cpu"])
+        finding.seconds, finding.plain_seconds = (seconds(form, length=length) for form in (None, probe.yardstick))
 
 
 def compile_ahead(ops: Sequence[str], seconds: float = 300.0) -> None:
@@ -406,6 +422,8 @@ def _speed(finding: Finding) -> str:
     if not finding.seconds:
         return "[dim]–[/dim]"
     text = f"{finding.seconds * 1e3:.3g} ms"
+    if finding.reference_seconds:
+        return f"{finding.reference_seconds / finding.seconds:.1f}x the reference, {text}"
     return f"{finding.plain_seconds / finding.seconds:.1f}x, {text}" if finding.plain_seconds else text
 
 

@@ -157,6 +157,8 @@ def test_a_wrong_op_is_named_and_changes_the_exit_status(
     assert report["right"] is False
     by_name = {op["op"]: op for op in report["ops"]}
     assert set(by_name) == {"rms_norm", "gated_rms_norm"}
+    assert by_name["gated_rms_norm"]["seconds"] > 0 and by_name["gated_rms_norm"]["reference_seconds"] > 0
+    assert printed.count("x the reference") == 1, "plain torch beside the reference; what is wrong is not timed"
     assert by_name["gated_rms_norm"]["wrong"] == [] and len(by_name["rms_norm"]["wrong"]) == 2, "both types"
     assert set(by_name["rms_norm"]["errors"]) == {"fp32", "bf16"}
 
