@@ -398,7 +398,7 @@ def test_patterns_are_written_as_what_repeats() -> None:
 def test_the_vocabulary_has_everything_there_is() -> None:
     entries = vocabulary()
     kinds = {kind: {entry.word for entry in entries if entry.kind == kind} for kind in PEERS}
-    assert kinds["mixer"] == {*MIXERS, "Bidirectional", "PrefixMixer"} and kinds["op"] == set(PROBES)
+    assert kinds["mixer"] == {*MIXERS, "Bidirectional", "Convolution", "PrefixMixer"} and kinds["op"] == set(PROBES)
     assert kinds["feed-forward"] == {n for n in seqlong.ffn.__all__ if inspect.isclass(getattr(seqlong.ffn, n))}
     for target in (*MIXERS.values(), seqlong.ffn.MoE):
         assert set(inspect.signature(target).parameters) <= kinds["setting"]
