@@ -56,7 +56,7 @@ HYBRIDS: dict[str, MixerFactory] = {
     "LinearAttention": LINEAR,
     "LinearAttention, convolution": CONVOLVED,
 }
-DEPTHS = {"1:1": "ma", "3:1": "mmma", "7:1": "mmmmmmma", "alone": "mmmm"}
+DEPTHS = {"1:1": "ma", "3:1": "mmma", "3:1 twice": "mmmammma", "7:1": "mmmmmmma", "alone": "mmmm"}
 
 
 @dataclass(frozen=True)

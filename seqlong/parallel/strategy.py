@@ -87,7 +87,9 @@ class SequenceParallel(DDPStrategy):
         shape = (self.world_size // self.degree, self.degree)
         self._mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("data", "sequence"))
         # Writing may take long; a process that is gone is noticed without the timeout.
-        self.saver = Saver(dist.new_group(backend="gloo", timeout=timedelta(hours=4)), self.background)
+        writers = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
+        assert isinstance(writers, dist.ProcessGroup)  # every process is a member
+        self.saver = Saver(writers, self.background)
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
