@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import _linear
+import _steps
 import torch
 import torch.nn.functional as F
 from _measure import Family, Inputs
@@ -258,7 +259,11 @@ FAMILIES: dict[str, Family] = {
     "lightning": _gla(8, 128, constant=True),
     "decode": Family(_step_inputs, (), (), lambda x: _step(x, "chunked")),
     **_linear.FAMILIES,
+    **_steps.FAMILIES,
 }  # fmt: skip
+
+
+LATER = {**_linear.OURS, **_steps.OURS}
 
 
 def _now(function: Callable[[Inputs], Tensor]) -> Contender:
@@ -278,7 +283,7 @@ CONTENDERS: dict[str, dict[str, tuple[str, Contender]]] = {
         "mamba2_ssd": ("seqlong", _now(lambda x: _ssd(x, None))),
         "mamba2_mixer": ("seqlong", _now(lambda x: _mixer(x, None))),
         "decode": ("seqlong", _now(lambda x: _step(x, None))),
-        **{name: ("seqlong", _now(partial(call, implementation=None))) for name, call in _linear.OURS.items()},
+        **{name: ("seqlong", _now(partial(call, implementation=None))) for name, call in LATER.items()},
     },
     "once": {"bidirectional": (_ONCE, _now(lambda x: _ours(x, None)))},
     "chunked": {
@@ -292,7 +297,7 @@ CONTENDERS: dict[str, dict[str, tuple[str, Contender]]] = {
         "decode": ("seqlong chunked torch", _now(lambda x: _step(x, "chunked"))),
         **{
             name: ("seqlong chunked torch", _now(partial(call, implementation="chunked")))
-            for name, call in _linear.OURS.items()
+            for name, call in LATER.items()
         },
     },
     "fla": {
@@ -301,7 +306,7 @@ CONTENDERS: dict[str, dict[str, tuple[str, Contender]]] = {
         "bidirectional": (f"{_FLA}, twice", _now(_fla_both_ways)),
         "lightning": ("fla-core lightning_attn (simple_gla with constant decay)", _now(_fla_lightning)),
         "mamba2_ssd": (f"{_FLA}, B and C expanded, steps in torch", _now(_fla_ssd)),
-        **{name: (label, _now(call)) for name, (label, call) in _linear.FLA.items()},
+        **{name: (label, _now(call)) for name, (label, call) in (_linear.FLA | _steps.FLA).items()},
     },
     "mamba-ssm": {
         "mamba2_ssd": ("mamba-ssm mamba_chunk_scan_combined", _now(_mamba_ssd)),

@@ -8,8 +8,9 @@ from seqlong.bench import Row, format_value
 
 OURS, INK, MUTED = "#1767b3", "#14191f", "#5d6772"
 PEERS = ["#c2410c", "#15803d", "#7c3aed", "#b45309", "#be185d", "#0f766e"]
-#: What a panel shows, and its title.
+#: What a panel shows, and its title; then where there are decoding steps alone.
 PANELS = {"fwdbwd_ms": "forward and backward (ms)", "extra_mib": "memory beside inputs, outputs and gradients (MiB)"}
+STEPS = {"graph_ms": "a step, replayed from a CUDA graph (ms)", "fwd_ms": "a step, as it is called (ms)"}
 
 
 def short(peer: str) -> str:
@@ -20,13 +21,14 @@ def short(peer: str) -> str:
 
 def draw(rows: list[Row], figure: Figure) -> None:
     """One panel a metric, one line an op and size; ours is the diamond, with its value and the best peer's ratio."""
-    panels = {metric: [row for row in rows if row.metric == metric] for metric in PANELS}
-    names = list(dict.fromkeys(row.name for row in panels["fwdbwd_ms"]))
+    titles = PANELS if any(row.metric == "fwdbwd_ms" for row in rows) else STEPS
+    panels = {metric: [row for row in rows if row.metric == metric] for metric in titles}
+    names = list(dict.fromkeys(row.name for row in next(iter(panels.values()))))
     peers = list(dict.fromkeys(short(row.peer) for row in rows if row.peer and row.peer_value))
     colours = {peer: PEERS[place % len(PEERS)] for place, peer in enumerate(peers)}
     figure.set_size_inches(13, 1.6 + 0.42 * len(names))
     figure.set_facecolor("white")
-    axes = figure.subplots(1, len(PANELS), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
     for (metric, found), axis in zip(panels.items(), axes, strict=True):
         for place, name in enumerate(names):
             group = [row for row in found if row.name == name]
@@ -43,7 +45,7 @@ def draw(rows: list[Row], figure: Figure) -> None:
                 axis.annotate(f"{format_value(mine)}{against}", (mine, place), xytext=(0, 7), fontsize=8, color=INK,
                               textcoords="offset points", ha="center")  # fmt: skip
         axis.set_xscale("log")
-        axis.set_title(f"{PANELS[metric]}; less is better", fontsize=10, loc="left", color=INK)
+        axis.set_title(f"{titles[metric]}; less is better", fontsize=10, loc="left", color=INK)
         axis.set_yticks(range(len(names)), names, fontsize=9, color=INK)
         axis.set_ylim(len(names) - 0.4, -0.8)
         axis.grid(axis="x", color="#e4e7ea", linewidth=0.7)

@@ -57,8 +57,9 @@ def jobs(group: str, families: list[str], sizes: list[tuple[int, int]]) -> list[
     for family in families:
         if family not in CONTENDERS[group]:
             continue
-        if family == "decode":
-            found += [(group, family, rows, 1) for rows in (1, 64)]
+        if family.startswith("decode"):
+            more = [(1, 8)] if family != "decode" else []  # what speculation drafts
+            found += [(group, family, rows, tokens) for rows, tokens in [(1, 1), (64, 1), *more]]
             continue
         extra = [(4, 2048)] if family == "simple_gla" and torch.cuda.is_available() and len(sizes) > 1 else []
         for rows, length in sizes + extra:
@@ -222,6 +223,7 @@ def command() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="for the whole run")
     parser.add_argument("--patience", type=float, default=150.0, help="seconds that one measurement may take")
     parser.add_argument("--cold", action="store_true", help="do not let peers compile side by side first")
+    parser.add_argument("--name", default="kernels", help="of the result's files")
     parser.add_argument("--log", type=Path, help="append every measurement to this file, as it comes")
     parser.add_argument("--read", type=Path, action="append", default=[], help="take measurements from such a file")
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -269,7 +271,7 @@ def command() -> None:
                 if given.log:
                     with given.log.open("a") as file:
                         file.write(json.dumps(found) + "\n")
-    main("kernels", rows(results, speeds), draw)
+    main(given.name, rows(results, speeds), draw)
 
 
 if __name__ == "__main__":
