@@ -356,7 +356,7 @@ def _positions(batch: SequenceBatch) -> Float[Tensor, ""]:
     if batch.segment_ids is not None:
         return (batch.segment_ids != 0).sum().float()
     assert batch.targets is not None
-    return torch.tensor(float(batch.targets.numel()), device=batch.targets.device)
+    return torch.full((), float(batch.targets.numel()), device=batch.targets.device)  # a copy would wait for the GPU
 
 
 def _count(module: nn.Module) -> int:

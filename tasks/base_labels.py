@@ -106,7 +106,7 @@ class BaseLabelling(TrackPrediction):
         said, output = self._read(given)
         nats, known = surprise(said, given.targets)
         ranks = world()[1]
-        total = torch.stack([known.sum().float(), torch.tensor(float(given.shape[0]), device=said.device)])
+        total = torch.stack([known.sum().float(), torch.full((), float(given.shape[0]), device=said.device)])
         if ranks > 1:
             dist.all_reduce(total)
         count, rows = total.clamp(min=1)

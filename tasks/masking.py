@@ -30,7 +30,7 @@ def _finalise(value: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
 def draw(seed: int, stream: int, index: Int[Tensor, "b"], position: Int[Tensor, "... t"]) -> Int[Tensor, "b t"]:
     """53 random-looking bits for each sample and position; divided by 2^53 a number in [0, 1)."""
     golden = _signed(0x9E3779B97F4A7C15)
-    key = torch.tensor(_signed(seed), dtype=torch.int64, device=index.device)
+    key = torch.full((), _signed(seed), dtype=torch.int64, device=index.device)
     row = _finalise((_finalise(key + golden) ^ _finalise(index + _signed(golden * (stream + 2)))) + golden)
     state = _finalise((row[:, None] ^ _finalise(position + golden)) + golden)
     return (state >> 11) & (_ONE - 1)

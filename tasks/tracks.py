@@ -174,7 +174,7 @@ class TrackPrediction(SequenceTask):
         truth = given.tracks.to(said.dtype) / self.scale
         known = ~truth.isnan()
         ranks = world()[1]
-        total = torch.stack([known.sum().float(), torch.tensor(float(given.shape[0]), device=said.device)])
+        total = torch.stack([known.sum().float(), torch.full((), float(given.shape[0]), device=said.device)])
         if ranks > 1:
             dist.all_reduce(total)
         count, rows = total.clamp(min=1)

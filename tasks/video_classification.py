@@ -245,7 +245,7 @@ class VideoAccuracy(Metric):
         probabilities, labels, videos = parts
         kept = videos >= 0
         if not bool(kept.any()):
-            return torch.tensor(float("nan"), device=videos.device)
+            return torch.full((), float("nan"), device=videos.device)
         _, number = videos[kept].unique(return_inverse=True)
         count = int(number.max()) + 1
         sums = probabilities.new_zeros(count, self.classes).index_add_(0, number, probabilities[kept])

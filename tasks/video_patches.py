@@ -109,7 +109,7 @@ class PatchTask(SequenceTask):
         """The loss to go backwards from, and the figures of this rank."""
         error, _, counted, output, _ = self._errors(batch)
         ranks = world()[1]
-        totals = torch.stack([counted.sum().float(), torch.tensor(float(counted.numel()), device=error.device)])
+        totals = torch.stack([counted.sum().float(), torch.full((), float(counted.numel()), device=error.device)])
         if ranks > 1:
             dist.all_reduce(totals)
         total, positions = totals.clamp(min=1)

@@ -13,6 +13,7 @@ from seqlong.batch import SequenceBatch
 from seqlong.kernels.attention import attention
 from seqlong.kernels.scalar_decay import scalar_decay
 from seqlong.mixers import Attention, Mamba2
+from seqlong.tasks import CausalLM
 
 pytestmark = pytest.mark.gpu
 
@@ -78,3 +79,29 @@ def test_a_hybrid_on_the_gpu_is_the_hybrid_on_the_cpu(packed: bool) -> None:
     assert error(found * real, expected.cuda() * real) < 3e-2
     found.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_training_step_waits_for_nothing() -> None:
+    """Loss and gradients of a batch are recorded in a CUDA graph, which no copy from the host may be part of."""
+    mixers = {"m": partial(Mamba2, d_state=16, head_dim=32), "a": partial(Attention, heads=2)}
+    task = CausalLM(BackboneConfig(d_model=64, pattern="ma", mixers=mixers)).cuda()
+    batch = SequenceBatch(*torch.randint(0, 16, (2, 2, 256), device="cuda").unbind())
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            task.objective(batch)[0].backward()
+            task.zero_grad()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, _ = task.objective(batch)
+        loss.backward()
+    graph.replay()
+    again = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
+    task.zero_grad()
+    expected, _ = task.objective(batch)
+    expected.backward()
+    assert error(loss, expected) < 1e-3
+    for name, parameter in task.named_parameters():
+        assert parameter.grad is not None
+        assert error(again[name], parameter.grad) < 2e-2, name
