@@ -47,6 +47,7 @@ def factories(width: int) -> dict[str, MixerFactory]:
         "Bidirectional": partial(mixers.Bidirectional, mixer=MAMBA2),
         "PrefixMixer": partial(mixers.PrefixMixer, mixer=MAMBA2),
         "GatedMemoryUnit": mixers.GatedMemoryUnit,
+        "Convolution": mixers.Convolution,
     }
     for name in mixers.__all__:
         kind = getattr(mixers, name)

@@ -36,7 +36,7 @@ SIZES = {
     "kimi_linear": 48.8e9, "samba_421m": 0.42e9, "ring_mini_linear": 16.1e9,
     "griffin": 2.68e9, "bamba_9b": 9.25e9, "hunyuan_turbos": 558e9, "hydra": 1.61e9,
     "sambay_3_8b": 3.85e9, "video_codes": 0.708e6, "video_small": 0.163e6, "video_small_masked": 0.163e6,
-    "motifs": 0.055e6,
+    "video_text": 0.193e6, "video_text_masked": 0.193e6, "motifs": 0.055e6,
 }  # fmt: skip
 
 

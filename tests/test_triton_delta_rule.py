@@ -21,7 +21,8 @@ from seqlong.kernels.plans import power
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 #: Largest relative error (root mean square). Starts are decays of 2^-160: sums over a chunk have fewer digits for them.
-EXACT = {torch.float32: 3e-4, torch.bfloat16: 2e-2}
+#: In bfloat16 a weight of 2 reflects: roundings of products come back undiminished.
+EXACT = {torch.float32: 3e-4, torch.bfloat16: 3e-2}
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

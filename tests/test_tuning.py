@@ -202,14 +202,14 @@ def test_the_digest_covers_the_kernel(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_digest_covers_what_a_kernel_borrows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vector_decay's kernels are made with parts of scalar_decay's."""
+    """log_linear runs scalar_decay's kernels."""
     read: list[str] = []
     real = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(str(path)) or real(path))
     tuning._source.cache_clear()
-    tuning._source("vector_decay")
+    tuning._source("log_linear")
     tuning._source.cache_clear()
-    for part in ("vector_decay/triton.py", "scalar_decay/plan.py", "kernels/probes.py"):
+    for part in ("log_linear/by_level.py", "scalar_decay/plan.py", "kernels/probes.py"):
         assert any(path.endswith(part) for path in read), part
     assert not any("/norm/" in path for path in read)
 

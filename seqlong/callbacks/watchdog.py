@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -155,8 +156,9 @@ class Watchdog(Callback):
         if thread is not None:
             thread.join()
             (_folder(trainer) / f"{trainer.global_rank}.json").unlink(missing_ok=True)
-            if not any(_folder(trainer).iterdir()):
-                shutil.rmtree(_folder(trainer), ignore_errors=True)
+            # Empty, it goes; whoever is last may find it gone.
+            with contextlib.suppress(OSError):
+                _folder(trainer).rmdir()
 
     # --- the thread ------------------------------------------------------------------------------------------------
 
