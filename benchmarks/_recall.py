@@ -202,6 +202,8 @@ class Model:
             self._step(given)
             return
         assert given.tokens is not None and given.targets is not None and given.loss_weight is not None
+        if self.graph is not None and self._given.shape != given.shape:  # after a lesson rows are longer
+            self.graph = None
         if self.graph is None:
             self._given = replace(given)
             side = torch.cuda.Stream()
