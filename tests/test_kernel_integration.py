@@ -389,8 +389,8 @@ def compile_one(op: str, case: str, implementation: str, lengths: list[int], bac
             grads = torch.autograd.grad(outputs, list(given.learned.values()), [torch.ones_like(x) for x in outputs])
             results.append([*outputs, *grads])
         for found, expected in zip(*reversed(results), strict=True):
-            # A compiler rounds elsewhere: what is near zero among large numbers has their digits. A gate that differs in
-            # its last digit changes what a kernel rounds to bfloat16, and that the gates' own gradients.
+            # A compiler rounds elsewhere: what is near zero among large numbers has their digits. A gate that differs
+            # in its last digit changes what a kernel rounds to bfloat16, and that the gates' own gradients.
             near = 1.6e-2 if found.dtype == torch.bfloat16 else 1e-3 if DEVICE == "cuda" else 1e-5
             torch.testing.assert_close(found, expected, rtol=near, atol=near * expected.abs().max().item())
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
