@@ -33,8 +33,8 @@ ALIGNED = ("prom/prom_core_notata", "prom/prom_core_tata", "prom/prom_300_tata",
 STEPS = {"prom/prom_core_notata": 3000, "tf/0": 2500, "tf/1": 2500}
 
 
-def run(folder: Path, name: str, *settings: str) -> dict[str, float]:
-    """Fine-tune, then measure the best checkpoint on the test: its scores, and those of the floors."""
+def run(folder: Path, name: str, *settings: str) -> dict[str, float] | None:
+    """Fine-tune, then measure the best checkpoint on the test: its scores, and those of the floors; None: it failed."""
     place = folder / name.replace("/", "-").replace(" ", "-")
     commands = [
         ["seqlong", "fit", *settings, f"run.dir={place}", "run.name=gue"],
@@ -47,17 +47,22 @@ def run(folder: Path, name: str, *settings: str) -> dict[str, float]:
             command[2] = f"--ckpt_path={best}"
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode:
-            sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
+            print(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}", file=sys.stderr, flush=True)
+            return None
         found |= {key: float(value) for key, value in re.findall(r"(test/\S+)\s*│\s*([-\d.e]+)", done.stdout)}
     for floor in json.loads((place / "floors.json").read_text()):
         if "test" in floor:
             found[f"floor: {floor['name']}"] = floor["test"]["mcc"]
             found[f"floor accuracy: {floor['name']}"] = floor["test"]["accuracy"]
+    print(name, json.dumps(found), flush=True)
     return found
 
 
-def rows(data: Path, tasks: list[str], seeds: int, seconds: float, parallel: int, scratch: str) -> Iterator[Row]:
-    """Pretrain once, then every task with every seed, several at a time."""
+def rows(
+    data: Path, tasks: list[str], seeds: int, seconds: float, parallel: int, minutes: float | None, scratch: str
+) -> Iterator[Row]:
+    """Pretrain once, then every task with every seed, several at a time; none begins later than ``minutes``."""
+    started = time.monotonic()
     common = ["experiment=dna/mlm_gpu", f"data.path={data}/genomes/hs37_chrX_first70Mb.fa.gz"]
     probe = fit(scratch, *common, "trainer.max_steps=60", "trainer.limit_val_batches=0")
     speed = max(probe["throughput/tokens_per_s"])
@@ -90,16 +95,21 @@ def rows(data: Path, tasks: list[str], seeds: int, seconds: float, parallel: int
                 tuned += ["experiment=dna/gue_finetune", f"data.folder={labelled}/GUE", f"data.task={task}"]
             tuned += [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps // 10}"]
             jobs[task, seed] = sorted(tuned, key=lambda word: not word.startswith("experiment="))
+
+    def tune(key: tuple[str, int]) -> dict[str, float] | None:
+        late = minutes is not None and time.monotonic() - started > 60 * minutes
+        return None if late else run(Path(scratch), f"{key[0]} {key[1]}", *jobs[key])
+
     with ThreadPoolExecutor(parallel) as pool:
-        made = {key: pool.submit(run, Path(scratch), f"{key[0]} {key[1]}", *words) for key, words in jobs.items()}
-        found = {key: job.result() for key, job in made.items()}
+        found = dict(zip(jobs, pool.map(tune, jobs), strict=True))
     for task in tasks:
-        several = [found[task, seed] for seed in range(seeds)]
-        print(task, json.dumps(several), flush=True)
+        several = [scores for seed in range(seeds) if (scores := found[task, seed])]
+        if not several:
+            continue
         measure = "mcc" if task in PUBLISHED else "accuracy"
         ours = mean(scores[f"test/{measure}"] for scores in several)
         beside = ", ".join(f"{name} {value / 100:.3f}" for name, value in PUBLISHED.get(task, {}).items())
-        what = f"test {measure}, mean of {seeds}{f' (published: {beside})' if beside else ''}"
+        what = f"test {measure}, mean of {len(several)}{f' (published: {beside})' if beside else ''}"
         prefix = "floor: " if measure == "mcc" else "floor accuracy: "
         for name in sorted({key for scores in several for key in scores if key.startswith(prefix)}):
             peer = mean(scores[name] for scores in several)
@@ -116,6 +126,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=150, help="time of pretraining")
     parser.add_argument("--parallel", type=int, default=4, help="fine-tunings at a time")
+    parser.add_argument("--minutes", type=float, help="begin no fine-tuning later than this; left out: all are done")
     parser.add_argument("--cpu", action="store_true", help="small models from nothing, on one core; no pretraining")
     parser.add_argument("--folder", type=Path, help="with --cpu: where runs are kept, to go on with")
     parser.add_argument("--kept", action="store_true", help="with --cpu: only what has been run already")
@@ -129,4 +140,4 @@ if __name__ == "__main__":
         main("gue", made, lambda _, figure: _gue_cpu.draw(outcomes, PUBLISHED, figure), on="cpu")
         sys.exit(0)
     with tempfile.TemporaryDirectory() as folder:
-        main("gue", rows(given.data, given.tasks, given.seeds, given.seconds, given.parallel, folder))
+        main("gue", rows(given.data, given.tasks, given.seeds, given.seconds, given.parallel, given.minutes, folder))

@@ -35,14 +35,17 @@ LENGTHS = [1, 2, 3, 17, 67]
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_no_token_sees_a_later_one(name: str, length: int) -> None:
-    """Bit for bit, whatever the future holds. (NaN itself would spread inside one matrix product as 0 · NaN.)"""
+    """Bit for bit, whatever the future holds. (NaN itself would spread inside one matrix product as 0 · NaN.) Experts
+    take the rows that come to them in one product, which some processors round by how many there are."""
+    slack = 1e-5 if name.startswith("switch_head") else 0.0
     mixer, hidden = make(name), rows(length)
     for cut in {1, length // 2, length - 1} - {0, length}:
         changed = hidden.clone()
         changed[:, cut:] = 1e3 * torch.randn_like(changed[:, cut:])
         before = mixer(hidden, plain(length))[0][:, :cut]
         after = mixer(changed, plain(length))[0][:, :cut]
-        assert torch.equal(before, after), f"positions before {cut} changed with what follows"
+        off = (before - after).abs().max() / before.abs().max()
+        assert off <= slack, f"positions before {cut} changed by {off:.1e} with what follows"
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -301,7 +301,7 @@ def test_a_causal_model_refuses_experts_that_look_ahead_and_a_bidirectional_one_
     tokens = given.tokens.clone()  # type: ignore[union-attr]
     tokens[:, 7:] = 3
     a, b = causal(given).hidden, causal(SequenceBatch(tokens=tokens)).hidden
-    assert torch.equal(a[:, :7], b[:, :7])
+    torch.testing.assert_close(a[:, :7], b[:, :7], rtol=1e-5, atol=1e-6)  # products of other sizes may round otherwise
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,36 @@ def collate(
     )
 
 
+def side_by_side(records: Records, length: int, step: int | None = None) -> list[tuple[int, int, int]]:
+    """``(record, start, end)`` of the parts of records that are longer than ``length``, and of the others whole.
+
+    Parts begin every ``step`` bases, or where the one before ends. What is left at the end of a record counts as a part
+    if it is half as long as one.
+    """
+    pieces: list[tuple[int, int, int]] = []
+    for record, (start, end) in enumerate(zip(records.starts.tolist(), records.ends.tolist(), strict=True)):
+        if end - start <= length:
+            pieces.append((record, start, end))
+            continue
+        for begin in range(start, end, step or length):
+            stop = min(begin + length, end)
+            if 2 * (stop - begin) >= length and (stop - begin == length or step in (None, length)):
+                pieces.append((record, begin, stop))
+    return pieces
+
+
+def parts_of(records: Records, length: int, least: int = 0) -> tuple[Records, NDArray[np.int64]]:
+    """The parts of ``side_by_side`` as records that share the bases, and the record that each is of; they overlap (by
+    seven eighths at most) where there would be fewer than ``least``."""
+    step = length
+    while (pieces := side_by_side(records, length, step)) and len(pieces) < least and step > length // 8:
+        step = max(step // 2, length // 8, 1)
+    found = np.array(pieces, dtype=np.int64).reshape(-1, 3)
+    parts = records.take(found[:, 0])
+    parts.starts, parts.ends = found[:, 1].copy(), found[:, 2].copy()
+    return parts, found[:, 0]
+
+
 class TrainingRows(Dataset[SequenceBatch]):
     """The rows of any batch of training, a pure function of its number.
 
@@ -175,10 +205,7 @@ class TrainingRows(Dataset[SequenceBatch]):
 
 
 class EvaluationRows(Dataset[SequenceBatch]):
-    """The rows that evaluate a split: every record once, or every part of one, those of like length together.
-
-    What is left at the end of a record that is cut counts as a part if it is half as long as one.
-    """
+    """The rows that evaluate a split: every record once, or every part of one, those of like length together."""
 
     def __init__(
         self,
@@ -191,15 +218,8 @@ class EvaluationRows(Dataset[SequenceBatch]):
         tokenizer: DnaTokenizer | None = None,
     ) -> None:
         self.records, self.labels, self.seen, self.tokenizer = records, labels, seen, tokenizer
-        pieces: list[tuple[int, int, int]] = []
-        for record, (start, end) in enumerate(zip(records.starts.tolist(), records.ends.tolist(), strict=True)):
-            if end - start <= length or long == "error":
-                pieces.append((record, start, end))
-                continue
-            for begin in range(start, end, length):
-                stop = min(begin + length, end)
-                if 2 * (stop - begin) >= length:
-                    pieces.append((record, begin, stop))
+        longest = length if long == "crop" else int(records.lengths.max(initial=length))
+        pieces = side_by_side(records, longest)
         sizes = np.array([end - start for _, start, end in pieces], dtype=np.int64)
         self.pieces = [pieces[number] for number in np.argsort(sizes, kind="stable").tolist()]
         self.packing = pack(np.sort(sizes), length, 1) if packed else None

@@ -20,7 +20,14 @@ from seqlong.datamodules.dna.alphabet import DnaVocabulary
 from seqlong.datamodules.dna.cache import atomic_write, default_cache_dir
 from seqlong.datamodules.dna.label_floors import Part, label_floors
 from seqlong.datamodules.dna.label_kinds import Kind, Labels, counts, learn_labels
-from seqlong.datamodules.dna.label_rows import EvaluationRows, Long, TrainingRows, check_lengths, check_tokens
+from seqlong.datamodules.dna.label_rows import (
+    EvaluationRows,
+    Long,
+    TrainingRows,
+    check_lengths,
+    check_tokens,
+    parts_of,
+)
 from seqlong.datamodules.dna.label_split import ends_held_out, folds_of, hold_out
 from seqlong.datamodules.dna.leakage import Leakage, find_leakage
 from seqlong.datamodules.dna.proteins import ProteinSettings, ReverseTranslation
@@ -29,6 +36,9 @@ from seqlong.datamodules.dna.tokens import DnaTokenizer, TokenizerSettings, buil
 from seqlong.errors import ConfigError, DataError
 
 Files = str | list[str] | None
+
+#: Parts of cut records that the linear models are fitted to, at least, as far as overlap gives them.
+_PARTS = 2_000
 
 
 class LabelledData(SequenceData):
@@ -207,14 +217,18 @@ class LabelledData(SequenceData):
         return self.leakage(part).seen(self.unseen == "near")
 
     def floors(self) -> list[dict[str, object]]:
-        """Scores of linear models; see ``label_floors``. Kept on disk. Nothing where ``floors`` is false, or records
-        are cut into parts."""
-        if not self._with_floors or self.long == "crop":
+        """Scores of linear models; see ``label_floors``. Kept on disk. Nothing where ``floors`` is false. Records that
+        are cut into parts are cut for these too, those of training into parts that overlap where they would be few."""
+        if not self._with_floors:
             return []
         if self._floors is None:
-            parts = {name: Part(self.parts[name], self.encoded(name)) for name in self.parts}
-            for name in parts:
-                parts[name].seen = None if name == "train" else self.seen(name)
+            parts = {}
+            for name, records in self.parts.items():
+                seen = None if name == "train" else self.seen(name)
+                cut, which = records, np.arange(len(records))
+                if self.long == "crop":
+                    cut, which = parts_of(records, self.length, _PARTS if name == "train" else 0)
+                parts[name] = Part(cut, self.encoded(name)[which], None if seen is None else seen[which])
             path = self._cache / f"label-floors-{self._digest()}.json"
             if path.is_file():
                 self._floors = json.loads(path.read_text())
@@ -227,7 +241,8 @@ class LabelledData(SequenceData):
         return self._floors
 
     def _digest(self) -> str:
-        made = hashlib.sha256(repr((1, self.kind, self.unseen, self.label_names.names)).encode())
+        cut = self.length if self.long == "crop" else None
+        made = hashlib.sha256(repr((2, self.kind, self.unseen, self.label_names.names, cut)).encode())
         for name, part in self.parts.items():
             made.update(name.encode() + self.encoded(name).tobytes() + part.lengths.tobytes())
             for number in range(len(part)):

@@ -118,7 +118,7 @@ def best_of(source: Any, path: Path) -> tuple[Any, Any]:
     """The container of a file name, an address or an open file, and its best video stream; ``path`` is for messages."""
     av = pyav()
     try:
-        container = av.open(source, metadata_errors="replace")
+        container = _open(av, source)
     except (av.error.FFmpegError, ValueError) as error:
         raise DecodeError(path, f"cannot be opened as a video: {said(error)}") from error
     # FFmpeg's own choice among several, as players show it: the largest picture, roughly.
@@ -128,6 +128,14 @@ def best_of(source: Any, path: Path) -> tuple[Any, Any]:
         container.close()
         raise DecodeError(path, f"has no video stream that can be decoded, only {', '.join(kinds) or 'nothing'}")
     return container, stream
+
+
+def _open(av: Any, source: Any) -> Any:
+    """Opened so that titles that are no UTF-8 do no harm; PyAV 19 takes them as they are, and has no such option."""
+    try:
+        return av.open(source, metadata_errors="replace")
+    except TypeError:
+        return av.open(source)
 
 
 def said(error: Exception) -> str:
