@@ -38,6 +38,7 @@ sys.path.insert(0, str(FOLDER))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from _heads import exchange_heads  # noqa: E402
+from _kept import keep, kept  # noqa: E402
 from _models import preset  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
@@ -237,16 +238,22 @@ def work(rank: int, size: int, store: str, jobs: list[dict[str, Any]], patience:
 
 
 def measured(cases: list[Case], patience: float, log: Path | None) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """Run cases of one number of GPUs in one group of processes; where one fails, the rest in another group."""
+    """Run cases of one number of GPUs in one group of processes; where one fails, the rest in another group. Those that
+    ``log`` has are taken from there."""
+    left = []
+    for case in cases:
+        if found := kept(log, asdict(case)):
+            yield case, found
+        else:
+            left.append(case)
+    cases = left
     while cases:
         done = 0
         for found in _group(cases, patience):
             case = cases[done]
             done += 1
             print(f"{case.name}: {json.dumps(found)}", flush=True)
-            if log is not None:
-                with log.open("a") as file:
-                    file.write(json.dumps({**asdict(case), **found}) + "\n")
+            keep(log, asdict(case), found)
             yield case, found
             if "failed" in found:
                 break
@@ -365,8 +372,8 @@ def _cases(given: argparse.Namespace, gpus: int) -> Iterator[Case]:
                     if weights == "experts" and "moe" not in model:
                         continue
                     for recurrent in given.recurrent if degree > 1 else ["states"]:
-                        for kept in given.checkpointing:
-                            yield Case(model, length, gpus, degree, weights, recurrent, kept, given.steps)
+                        for way in given.checkpointing:
+                            yield Case(model, length, gpus, degree, weights, recurrent, way, given.steps)
 
 
 def command() -> None:
@@ -389,19 +396,19 @@ def command() -> None:
     )
     parser.add_argument("--weights", type=words, default=["sharded"], help=f"of {', '.join(WEIGHTS)}")
     parser.add_argument("--recurrent", type=words, default=["states"], help=f"of {', '.join(RECURRENT)}")
-    kept = [way + more for way in ("none", "selective", "block", "tiled") for more in ("", "+offload")]
-    parser.add_argument("--checkpointing", type=words, default=["block"], help=f"of {', '.join(kept)}")
+    ways = [way + more for way in ("none", "selective", "block", "tiled") for more in ("", "+offload")]
+    parser.add_argument("--checkpointing", type=words, default=["block"], help=f"of {', '.join(ways)}")
     parser.add_argument("--steps", type=int, default=3, help="timed steps; the best counts")
     parser.add_argument(
         "--longest",
         nargs="?",
         const="tiled+offload",
-        choices=kept,
+        choices=ways,
         help="also double the length, with this checkpointing, until it does not fit",
     )
     parser.add_argument("--most", type=int, default=1 << 24 if CUDA else 1024, help="positions to stop doubling at")
     parser.add_argument("--patience", type=float, default=240.0, help="seconds that one case may take")
-    parser.add_argument("--log", type=Path, help="append every measurement to this file, as it comes")
+    parser.add_argument("--log", type=Path, help="append every measurement to this file, and take from it what it has")
     parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:
@@ -412,7 +419,7 @@ def command() -> None:
         ("models", MODELS),
         ("weights", tuple(WEIGHTS)),
         ("recurrent", RECURRENT),
-        ("checkpointing", kept),
+        ("checkpointing", ways),
     ):
         if unknown := set(getattr(given, name)) - set(known):
             parser.error(f"--{name}: {', '.join(sorted(unknown))} is none of {', '.join(known)}")

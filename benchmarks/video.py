@@ -31,10 +31,12 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != FOLDER]  # kernels.py is no package
+sys.path.append(str(FOLDER))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from _kept import keep, kept  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from seqlong.backbone import BackboneConfig  # noqa: E402
@@ -237,7 +239,10 @@ def work(kind: str, path: str, length: int, steps: int, checkpointing: str) -> N
 
 
 def measured(kind: str, path: Path, length: int, given: argparse.Namespace) -> dict[str, Any]:
-    """Run ``work`` in a child."""
+    """Run ``work`` in a child, unless ``--log`` has what came of it."""
+    setting = {"kind": kind, "file": path.name, "length": length, "steps": given.steps, "how": given.checkpointing}
+    if before := kept(given.log, setting):
+        return before
     job = json.dumps([kind, str(path), length, given.steps, given.checkpointing])
     environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     try:
@@ -246,11 +251,14 @@ def measured(kind: str, path: Path, length: int, given: argparse.Namespace) -> d
             timeout=given.patience, env=environment,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return {"failed": f"gave no result within {given.patience:.0f} s"}
+        found = {"failed": f"gave no result within {given.patience:.0f} s"}
+        keep(given.log, setting, found)
+        return found
     said = [line for line in done.stdout.splitlines() if line.startswith(PREFIX)]
     tail = " ".join(done.stderr.split())[-300:]
     found = json.loads(said[-1][len(PREFIX) :]) if said else {"failed": f"status {done.returncode}: {tail}"}
     print(f"{kind}, {length:,}: {json.dumps(found)}", flush=True)
+    keep(given.log, setting, found)
     return found
 
 
@@ -283,6 +291,7 @@ def command() -> None:
     parser.add_argument("--steps", type=int, default=2, help="timed steps; the best counts")
     parser.add_argument("--checkpointing", default="block", help="none, selective, block or tiled; for both models")
     parser.add_argument("--patience", type=float, default=240.0, help="seconds that one model may take")
+    parser.add_argument("--log", type=Path, help="append what training gave to this file, and take from it what it has")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:
