@@ -271,7 +271,7 @@ def command() -> None:
                 if given.log:
                     with given.log.open("a") as file:
                         file.write(json.dumps(found) + "\n")
-    main(given.name, rows(results, speeds), draw)
+    main(given.name, rows(results, speeds), draw, script="kernels")
 
 
 if __name__ == "__main__":

@@ -313,7 +313,8 @@ def _main() -> None:
     names = sorted(names, key=lambda name: -len(models()[name][0]))
     rates = [float(rate) for rate in given.rates.split(",")]
     found = gather(names, setting, rates, device, given.jobs, given.minutes, not given.no_graph, given.log)
-    main("mqar_small" if given.small else "mqar", rows(found, setting), lambda _, figure: draw(found, setting, figure))
+    name = "mqar_small" if given.small else "mqar"
+    main(name, rows(found, setting), lambda _, figure: draw(found, setting, figure), script="mqar")
 
 
 if __name__ == "__main__":

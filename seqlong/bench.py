@@ -109,14 +109,16 @@ def main(
     draw: Callable[[list[Row], Figure], None] | None = None,
     *,
     on: Literal["auto", "cpu"] = "auto",
+    script: str | None = None,
 ) -> Path:
     """Run a benchmark: take its rows, add where they come from, write JSON and PNG, print a table.
 
     Args:
-        what: the name of the script, without ``.py``.
+        what: the name of the result.
         rows: measured lazily if it is a generator; each is named as it comes.
         draw: draws the rows into an empty figure; None draws bars against the peer.
         on: ``cpu`` for a benchmark that never uses the GPU of its machine.
+        script: name of the script, without ``.py``, where the result has another.
 
     Returns:
         The path of ``results/<what>-<device>.json``, a list of rows.
@@ -140,7 +142,7 @@ def main(
     device = device_slug(on)
     revision = runs.commit()
     common = {
-        "command": shlex.join(["seqlong", "bench", what, *sys.argv[1:]]),
+        "command": shlex.join(["seqlong", "bench", script or what, *sys.argv[1:]]),
         "commit": f"{revision['commit']}{'-dirty' if revision['dirty'] else ''}" if revision["commit"] else None,
         "device": device,
         "versions": versions(row.peer for row in done),

@@ -123,7 +123,7 @@ def test_a_size_that_is_none_is_said_and_a_cpu_has_no_peak(
         assert f"--sizes takes ROWSxPOSITIONS, such as 1x131072, by commas; found '{size}'" in capsys.readouterr().err
     asked: list = []
     monkeypatch.setattr(bench, "run", lambda todo, *_: asked.extend(todo) or [])
-    monkeypatch.setattr(bench, "main", lambda *_: None)
+    monkeypatch.setattr(bench, "main", lambda *_, **__: None)
     words = ["kernels", "--sizes", "1x64,2x080", "--only", "simple_gla", "--contenders", "seqlong"]
     for gpu in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
@@ -321,3 +321,16 @@ def test_experts_of_every_contender_are_the_same_layer(monkeypatch: pytest.Monke
         monkeypatch.setattr(moe.Ours, "forward", off)
         with pytest.raises(RuntimeError, match="seqlong's output is off by"):
             list(moe.rows([shape], torch.device("cpu"), 1, []))
+
+
+def test_a_measurement_is_kept_for_its_setting_and_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log.jsonl"
+    kept = _script("_kept", monkeypatch)
+    assert kept.kept(log, {"length": 8}) is None
+    kept.keep(log, {"length": 8, "kind": "hybrid"}, {"tokens_per_s": 5.0})
+    kept.keep(None, {"length": 9}, {"tokens_per_s": 1.0})
+    assert kept.kept(log, {"length": 8, "kind": "hybrid"}) == {"tokens_per_s": 5.0}
+    assert kept.kept(log, {"length": 8, "kind": "attention"}) is None
+    monkeypatch.setattr(kept.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kept.torch.cuda, "get_device_name", lambda: "another")
+    assert kept.kept(log, {"length": 8, "kind": "hybrid"}) is None

@@ -15,6 +15,7 @@ from seqlong.datamodules.dna.alphabet import encode, reverse_complement
 from seqlong.datamodules.dna.kmers import count_matrix, words
 from seqlong.datamodules.dna.label_floors import Part, label_floors, matthews
 from seqlong.datamodules.dna.label_kinds import learn_labels
+from seqlong.datamodules.dna.label_rows import parts_of
 from seqlong.datamodules.dna.label_split import folds_of, hold_out
 from seqlong.datamodules.dna.labelled import LabelledData
 from seqlong.datamodules.dna.leakage import find_leakage
@@ -267,6 +268,38 @@ def test_tail_holds_out_the_ends_of_genomes(tmp_path: Path) -> None:
     assert [int(source.parts[part].lengths[0]) for part in ("train", "validation", "test")] == [675, 75, 250]
     assert source.label_names.names == ["s1", "s2"]
     assert sum(len(batch.records) for batch in source.test_dataloader()) == 10
+
+
+def test_genomes_in_parts_have_floors_of_parts(tmp_path: Path) -> None:
+    """One genome has twice as much G and C: words tell parts of 50 bases, better the longer the parts are."""
+    random = np.random.default_rng(0)
+    for name, rich in (("s1", 0.4), ("s2", 0.6)):
+        letters = random.choice(list("ACGT"), 4000, p=[(1 - rich) / 2, rich / 2, rich / 2, (1 - rich) / 2])
+        (tmp_path / f"{name}.fa").write_text(f">{name}\n{''.join(letters)}\n")
+    found = []
+    for length in (25, 200):
+        source = LabelledData(
+            [str(tmp_path / "s1.fa"), str(tmp_path / "s2.fa")], label="file", tail=0.25, length=length, long="crop",
+            cache_dir=str(tmp_path / "cache"),
+        )  # fmt: skip
+        (words,) = [floor for floor in source.floors() if str(floor["name"]).startswith("words")]
+        found.append(words["test"]["accuracy"])  # type: ignore[index]
+        again = {str(floor["name"]): floor for floor in source.floors()}
+        assert again[str(words["name"])] == words
+    assert 0.6 < found[0] < found[1] and found[1] > 0.9
+
+
+def test_parts_overlap_where_they_would_be_few(tmp_path: Path) -> None:
+    (tmp_path / "s.fa").write_text(f">s\n{drawn(1, 1000, 1000)[0]}\n>t\n{drawn(1, 30, 30)[0]}\n")
+    records = read_records(tmp_path / "s.fa", label=0)
+    parts, which = parts_of(records, 300)
+    assert list(zip(parts.starts, parts.ends, which, strict=True)) == [
+        (0, 300, 0), (300, 600, 0), (600, 900, 0), (1000, 1030, 1)
+    ]  # fmt: skip
+    parts, which = parts_of(records, 300, 10)
+    assert len(parts) >= 10 and set(parts.lengths.tolist()) == {300, 30} and parts.ends.max() == 1030
+    assert parts.labels == [records.labels[number] for number in which.tolist()]
+    assert len(parts_of(records, 300, 10**6)[0]) == 1 + len(range(0, 701, 37))
 
 
 def test_contradictions_are_refused(tmp_path: Path) -> None:

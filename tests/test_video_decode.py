@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -310,3 +311,17 @@ def test_a_sheet_shows_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["video", "sheet", str(path), "--out", str(tmp_path / "a.png"), "--frames", "5"]) == 0
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG" and "5 frames" in capsys.readouterr().out
     assert main(["video", "sheet", str(path), "--out", "x.png", "--start", "7"]) == 2
+
+
+def test_an_av_that_knows_no_metadata_errors_opens_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyAV 19 has no such option."""
+    path, real = write_video(tmp_path / "a.mp4"), av.open
+
+    def strict(file: Any, mode: str = "r", **options: Any) -> Any:
+        if "metadata_errors" in options:
+            raise TypeError("open() got an unexpected keyword argument 'metadata_errors'")
+        return real(file, mode, **options)
+
+    found = len(read_index(path))
+    monkeypatch.setattr(av, "open", strict)
+    assert len(read_index(path)) == found > 0

@@ -249,7 +249,8 @@ def to_rgb(frame: Any, short_side: int | None = None) -> NDArray[np.uint8]:
         frame = _through_filters(frame, height, width, "rgba" if alpha else "rgb24")
         resized = False
     size = {"height": height, "width": width, "interpolation": "AREA"} if resized else {}
-    picture = frame.to_ndarray(format="rgba" if alpha else "rgb24", **size)
+    # One thread: PyAV 19 keeps its scaler from frame to frame, and a forked worker would wait for the parent's threads.
+    picture = frame.to_ndarray(format="rgba" if alpha else "rgb24", threads=1, **size)
     if alpha:
         opaque = picture[..., 3:].astype(np.uint16)
         picture = ((picture[..., :3] * opaque + 127) // 255).astype(np.uint8)
