@@ -43,7 +43,10 @@ VERBS = {
         "how likely every base is, or predicted tracks, as a bigWig",
         "seqlong track ref.fa --ckpt last --output ref.bw",
     ),
-    "generate": ("draw sequences", "seqlong generate --ckpt last --prompt ATGAAACGC --length 1000 --temperature 0.9"),
+    "generate": (
+        "draw sequences, or texts",
+        "seqlong generate --ckpt last --prompt ATGAAACGC --length 1000 --temperature 0.9",
+    ),
     "harness": (
         "run tasks of lm-evaluation-harness on a model of text",
         "seqlong harness lambada_openai --ckpt last --limit 100",

@@ -29,6 +29,7 @@ from seqlong.callbacks.preemption import EXIT_CODE
 from seqlong.compose import Composed, compose, dump, from_dict, from_files, house_path
 from seqlong.errors import CheckpointError, ConfigError, SeqlongError, located, nearest
 from seqlong.explain import first_problem
+from seqlong.inference.model import find
 from seqlong.parallel.names import register as register_strategies
 from seqlong.parallel.parts import head_of, mend
 
@@ -225,8 +226,8 @@ def _choose(
     )
     if wanted is None and verb != "fit":
         raise ConfigError(
-            f"seqlong {verb} needs --ckpt_path: a file, 'last' or 'best'. Its configuration is in the checkpoint; "
-            "key=value overrides go on top"
+            f"seqlong {verb} needs --ckpt_path: a file, a run folder, 'last' or 'best'. Its configuration is in the "
+            "checkpoint; key=value overrides go on top"
         )
     composed = None
     if config_flags:
@@ -236,20 +237,27 @@ def _choose(
     if wanted is None:
         assert composed is not None
         return composed, None, False
-    checkpoint = _resolve_checkpoint(wanted, composed, overrides)
+    folder = wanted not in ("last", "best") and (Path(wanted).expanduser() / "checkpoints").is_dir()
+    if folder:  # a run: training goes on from its last step, and the best is measured
+        run = Path(wanted).expanduser().absolute()
+        checkpoint = _mend(run / "checkpoints" / "last.ckpt") if verb == "fit" else find(run)
+        if not checkpoint.is_file():
+            raise CheckpointError(f"{run} has no checkpoints/last.ckpt to continue from")
+    else:
+        checkpoint = _resolve_checkpoint(wanted, composed, overrides)
     if composed is None:
         stored = read_checkpoint(checkpoint, weights=False).get(CONFIG_KEY)
         if not isinstance(stored, dict):
             raise CheckpointError(f"{checkpoint} holds no configuration; name one with experiment=... or --config FILE")
         composed = from_dict(stored, overrides)
-    return composed, checkpoint, verb == "fit" and wanted == "last"
+    return composed, checkpoint, verb == "fit" and (wanted == "last" or folder)
 
 
 def _resolve_checkpoint(wanted: str, composed: Composed | None, overrides: Sequence[str]) -> Path:
     if wanted not in ("last", "best"):
         path = head_of(Path(wanted).expanduser())
         if not path.is_file():
-            raise CheckpointError(f"there is no checkpoint {wanted}; expected a file, 'last' or 'best'")
+            raise CheckpointError(f"there is no checkpoint {wanted}; expected a file, a run folder, 'last' or 'best'")
         return path.absolute()
     settings: dict[str, Any] = dict(composed.house.get("run") or {}) if composed else {}
     for word in overrides:

@@ -180,7 +180,7 @@ def fails(*words: str) -> str:
         ("task.lr=[1", "cannot read 'task.lr=[1'"),
         ("--trainer.devicez=2", "--trainer.devicez is no flag; did you mean 'trainer.devices'?"),
         ("--trainer.max_steps=abc", "trainer.max_steps: Expected a int. Got value: abc"),
-        ("--ckpt_path=nope.ckpt", "there is no checkpoint nope.ckpt; expected a file, 'last' or 'best'"),
+        ("--ckpt_path=nope.ckpt", "there is no checkpoint nope.ckpt; expected a file, a run folder, 'last' or 'best'"),
     ],
 )  # fmt: skip
 def test_a_mistake_on_the_command_line(word: str, expected: str) -> None:

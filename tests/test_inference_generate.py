@@ -12,7 +12,8 @@ from inference_cases import causal_model, save_checkpoint
 
 from seqlong.cli import main
 from seqlong.errors import ConfigError
-from seqlong.inference.generate import Sampling, draw, write
+from seqlong.inference.generate import draw, write
+from seqlong.inference.sampling import Sampling
 from seqlong.inference.strands import tokens_of
 
 

@@ -14,7 +14,8 @@ from inference_cases import causal_model
 from seqlong.datamodules.dna.alphabet import BOS, A, C, G, N, T
 from seqlong.datamodules.dna.tagged import TaggedGenomes, TaggedSource
 from seqlong.errors import ConfigError
-from seqlong.inference.generate import Sampling, draw, prefix
+from seqlong.inference.generate import draw, prefix
+from seqlong.inference.sampling import Sampling
 
 
 def data(folder: Path, **settings) -> TaggedGenomes:  # type: ignore[no-untyped-def]

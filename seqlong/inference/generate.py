@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -21,62 +20,25 @@ from seqlong.datamodules.dna.alphabet import BOS, A, DnaVocabulary, T
 from seqlong.datamodules.dna.fasta import Header
 from seqlong.datamodules.dna.sequences import read_sequences
 from seqlong.errors import ConfigError, DataError, nearest
+from seqlong.inference import generate_text
 from seqlong.inference.arguments import Parser, integer, open_model, progress, require_bases
 from seqlong.inference.model import Model, repeat
+from seqlong.inference.sampling import Sampling
 from seqlong.state import BackboneState
 
 log = logging.getLogger("seqlong")
 
-HELP = """Draws sequences from a causal model, base by base, in the memory of its state (which grows with full attention
-only). Written as FASTA; each header tells the settings, and the bits a base that the model gives what it drew.
+HELP = """Draws sequences from a causal model, symbol by symbol, in the memory of its state (which grows with full
+attention only). Of a model of DNA: FASTA; each header tells the settings, and the bits a base that the model gives what
+it drew. Of a model of text: the prompt and what follows, up to the end of the text if it comes.
 
 Sequence n of a seed is the same however many are drawn."""
 EXAMPLES = """examples:
   seqlong generate --ckpt last --prompt ATGAAACGC --length 1000
-  seqlong generate --ckpt last --prompt-file start.fa --length 1000000 --count 4 --top-p 0.95 --seed 7 --output g.fa"""
+  seqlong generate --ckpt last --prompt-file start.fa --length 1000000 --count 4 --top-p 0.95 --seed 7 --output g.fa
+  seqlong generate --ckpt runs/my-books --prompt 'It was a dark' --length 500 --temperature 0.8"""
 _BLOCK = 4096
 _BASES = b"ACGT"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a base is drawn.
-
-    Attributes:
-        temperature: logits are divided by this; below 1 likely bases become likelier, 0 takes the likeliest always.
-        top_k: only so many of the likeliest; 0 for all.
-        top_p: only the likeliest that have this probability together; 1 for all.
-        seed: names the draw.
-
-    Raises:
-        ConfigError: a setting is out of its range.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or not math.isfinite(self.temperature):
-            raise ConfigError(f"--temperature is {self.temperature}; expected 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--top-p is {self.top_p}; expected above 0 and up to 1")
-        if self.top_k < 0:
-            raise ConfigError(f"--top-k is {self.top_k}; expected 0 (all) or more")
-
-    def probabilities(self, logits: Float[Tensor, "b y"]) -> Float[Tensor, "b y"]:
-        """What each symbol is drawn with, float64."""
-        logits = logits.double()
-        if self.temperature == 0:
-            return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).double()
-        shares = (logits / self.temperature).softmax(dim=-1)
-        ordered, order = shares.sort(dim=-1, descending=True, stable=True)
-        kept = ordered.cumsum(dim=-1) - ordered < self.top_p  # the first that pass it are in
-        if self.top_k:
-            kept[..., self.top_k :] = False
-        shares = torch.zeros_like(shares).scatter(-1, order, ordered * kept)
-        return shares / shares.sum(dim=-1, keepdim=True)
 
 
 def command(words: Sequence[str]) -> int:
@@ -87,43 +49,68 @@ def command(words: Sequence[str]) -> int:
     """
     parser = Parser("generate", HELP, EXAMPLES)
     parser.add_model()
-    parser.add_argument("--prompt", default="", metavar="ACGT", help="bases to go on from; none starts with any base")
-    parser.add_argument("--prompt-file", metavar="FASTA", help="the first record of a file instead, of any length")
+    parser.add_argument("--prompt", default="", help="bases or text to go on from; none starts with anything")
+    parser.add_argument("--prompt-file", metavar="FILE", help="the first record of a FASTA, or a text, of any length")
     parser.add_argument(
         "--tag", metavar="NAME", help="species or domain, of a model trained on some (experiment=dna/tagged)"
     )
-    parser.add_argument("--length", type=integer, default=1000, help="bases to draw; 1000 if left out")
+    parser.add_argument("--length", type=integer, default=1000, help="bases or tokens to draw; 1000 if left out")
+    parser.add_argument(
+        "--tokenizer", help="of a model of text: tokenizer.json, where it is not where it was in training"
+    )
     parser.add_argument("--count", type=integer, default=1, help="sequences")
-    parser.add_argument("--temperature", type=_number, default=1.0, help="below 1: likelier bases; 0: the likeliest")
-    parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest of the four; 0 for all")
+    parser.add_argument("--temperature", type=_number, default=1.0, help="below 1: likelier ones; 0: the likeliest")
+    parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest; 0 for all")
     parser.add_argument("--top-p", type=_number, default=1.0, help="only the likeliest with this probability together")
     parser.add_argument("--seed", type=int, default=0, help="names the draw")
-    parser.add_argument("--output", metavar="FILE", help="FASTA; the terminal if left out")
+    parser.add_argument("--output", metavar="FILE", help="FASTA or text; the terminal if left out")
     given = parser.parse_args(list(words))
     sampling = Sampling(given.temperature, given.top_k, given.top_p, given.seed)
     if given.prompt and given.prompt_file:
         raise ConfigError("--prompt and --prompt-file are two prompts; give one")
     model = open_model(given)
     model.require("causal", why="generate")
+    _put(given, _text_writer(given, model, sampling) or _base_writer(given, model, sampling))
+    return 0
+
+
+Writer = Callable[[Callable[[bytes], object]], None]
+
+
+def _text_writer(given: argparse.Namespace, model: Model, sampling: Sampling) -> Writer | None:
+    vocabulary = generate_text.vocabulary_of(model, given.tokenizer)
+    if vocabulary is None:
+        return None
+    if given.tag is not None:
+        raise ConfigError(f"--tag {given.tag}: {model.path} is a model of text, and tags are of genomes")
+    prompt = generate_text.read_prompt(Path(given.prompt_file)) if given.prompt_file else given.prompt
+    return lambda put: generate_text.write(model, vocabulary, prompt, given.length, given.count, sampling, put)
+
+
+def _base_writer(given: argparse.Namespace, model: Model, sampling: Sampling) -> Writer:
     require_bases(model, "generate")
     head = prefix(model, given.tag)
     parts = _first_record(Path(given.prompt_file)) if given.prompt_file else iter([_letters(given.prompt)])
+    return lambda put: write(model, parts, given.length, given.count, sampling, put, head)
+
+
+def _put(given: argparse.Namespace, write: Writer) -> None:
+    """To the file that was asked for, which is there once it is whole, or to the terminal."""
     if given.output:
         target = Path(given.output)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as file:
-                write(model, parts, given.length, given.count, sampling, file.write, head)
+                write(file.write)
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
         log.info("wrote %s", target)
     else:
         sys.stdout.flush()
-        write(model, parts, given.length, given.count, sampling, sys.stdout.buffer.write, head)
+        write(sys.stdout.buffer.write)
         sys.stdout.buffer.flush()
-    return 0
 
 
 def prefix(model: Model, tag: str | None) -> list[int]:
