@@ -130,9 +130,10 @@ def measured(given: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     tests = sum(part == "test" for *_, part in labelled)
     for rate in RATES:
         mine, theirs = scores["pretrained", rate], scores["from nothing", rate]
-        spread = f", sd {stdev(mine):.3f} and {stdev(theirs):.3f}" if given.seeds > 1 else ""
-        name = f"{scenes} scenes, a label each, {tests} test clips, rate {rate:g}, mean of {given.seeds}{spread}"
-        yield Row(name, "test accuracy", mean(mine), "accuracy", "seqlong from nothing", mean(theirs))
+        spread = f", sd {stdev(mine):.2f}, {stdev(theirs):.2f}" if given.seeds > 1 else ""
+        name = f"{scenes} scenes, rate {rate:g}{spread}"
+        what = f"accuracy, {tests} test clips, {given.seeds} seeds"
+        yield Row(name, what, mean(mine), "accuracy", "seqlong from nothing", mean(theirs))
 
 
 if __name__ == "__main__":
